@@ -290,9 +290,7 @@ class Config:
             if phase.tokens is None:
                 raise ValueError(f"phase {phase.name!r} has no tokens; only the last phase may leave them out")
         if self.phases[-1].tokens is None and self.train.steps is None:
-            raise ValueError(
-                f"the run has no end: give phase {self.phases[-1].name!r} its tokens, or set train.steps"
-            )
+            raise ValueError(f"the run has no end: give phase {self.phases[-1].name!r} its tokens, or set train.steps")
         if self.data.synthetic == bool(self.data.domains):
             raise ValueError("give either data.domains or data.synthetic = true")
         for phase in self.phases:
@@ -402,7 +400,9 @@ def _explain(detail: Any) -> str:
     match detail["type"]:
         case "unexpected_keyword_argument":
             known = _fields_at(detail["loc"][:-1])
-            return f"unknown field {where}{_did_you_mean(str(detail['loc'][-1]), known)}; fields here: {', '.join(known)}"
+            return (
+                f"unknown field {where}{_did_you_mean(str(detail['loc'][-1]), known)}; fields here: {', '.join(known)}"
+            )
         case "missing":
             return f"{where} is missing"
         case "value_error":

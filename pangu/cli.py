@@ -1,0 +1,284 @@
+"""The `pangu` command: one subcommand per package, nothing else."""
+
+import argparse
+import sys
+import traceback
+from collections.abc import Sequence
+from pathlib import Path
+
+from pangu import __version__
+from pangu.errors import ConfigError, PanguError
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run the command line; returns the exit code: 0, 2 for a `PanguError`, 130 when interrupted."""
+    parser = _parser()
+    options, rest = parser.parse_known_args(arguments)
+    try:
+        if rest and options.run not in (_train, _config_show):
+            parser.error(f"unrecognized arguments: {' '.join(rest)}")
+        options.overrides = rest
+        return options.run(options) or 0
+    except PanguError as error:
+        if options.debug:
+            traceback.print_exc()
+        else:
+            print(f"pangu: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        return 130
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="pangu", description="Train dense large language models, Ascend first.")
+    parser.add_argument("--version", action="version", version=f"pangu {__version__}")
+    parser.add_argument("--debug", action="store_true", help="show the traceback of an error")
+    commands = parser.add_subparsers(metavar="COMMAND", required=True)
+    _add_train(commands)
+    _add_plot(commands)
+    _add_generate(commands)
+    _add_export(commands)
+    _add_import(commands)
+    _add_tokenizer(commands)
+    _add_data(commands)
+    _add_config(commands)
+    return parser
+
+
+def _add_train(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
+    command = commands.add_parser(
+        "train",
+        help="pre-train a model",
+        description="Train CONFIG into RUN. Any field is overridden by --section.field value, phases by --phases.0.field.",
+    )
+    command.add_argument("config", metavar="CONFIG", help="a TOML file, or the name of one in configs/")
+    command.add_argument("--output", metavar="RUN", type=Path, help="folder of the run (default: runs/CONFIG)")
+    command.add_argument("--resume", action="store_true", help="go on from RUN's newest complete checkpoint, if any")
+    command.set_defaults(run=_train)
+
+
+def _train(options: argparse.Namespace) -> int:
+    from pangu import config as configuration
+
+    config = configuration.load(options.config, options.overrides)
+    from pangu.train.trainer import train
+
+    output = options.output or Path("runs") / Path(options.config).stem
+    return 0 if train(config, output, resume=options.resume) else 130
+
+
+def _add_plot(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
+    command = commands.add_parser("plot", help="draw loss, gradient norm and layer statistics of one or several runs")
+    command.add_argument("runs", metavar="RUN", nargs="+", type=Path)
+    command.add_argument("--output", metavar="FOLDER", type=Path, help="where the PNGs go (default: RUN/plots)")
+    command.set_defaults(run=_plot)
+
+
+def _plot(options: argparse.Namespace) -> None:
+    from pangu.train.plot import plot
+
+    for path in plot(options.runs, options.output or options.runs[0] / "plots"):
+        print(path)
+
+
+def _add_generate(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
+    command = commands.add_parser("generate", help="continue prompts with a trained model")
+    command.add_argument("run_folder", metavar="RUN", type=Path, help="a run's folder")
+    command.add_argument("--prompt", action="append", required=True, help="may be given several times")
+    command.add_argument("--max-new-tokens", type=int, default=100)
+    command.add_argument("--temperature", type=float, default=0.0, help="0: the likeliest token each time")
+    command.add_argument("--top-p", type=float, default=1.0, help="sample from the likeliest tokens of this total mass")
+    command.add_argument("--seed", type=int, default=0)
+    _add_checkpoint_choice(command)
+    command.set_defaults(run=_generate)
+
+
+def _generate(options: argparse.Namespace) -> None:
+    from pangu import device as devices
+    from pangu.model import generate
+    from pangu.tokenizer import Tokenizer
+    from pangu.train.run import load_model, tokenizer_path
+
+    if options.max_new_tokens < 1 or options.temperature < 0 or not 0 < options.top_p <= 1:
+        raise ConfigError("generate needs --max-new-tokens >= 1, --temperature >= 0 and 0 < --top-p <= 1")
+    path = tokenizer_path(options.run_folder)
+    if path is None:
+        raise ConfigError(f"{options.run_folder} has no tokenizer.model; it was trained without data.tokenizer")
+    tokenizer = Tokenizer(path)
+    model = load_model(options.run_folder, options.step, devices.select(options.device))
+    prompts = [tokenizer.encode(prompt) for prompt in options.prompt]
+    for prompt, ids in zip(options.prompt, prompts, strict=True):
+        if not ids:
+            raise ConfigError(f"--prompt {prompt!r} has no tokens; give it some text")
+    continuations = generate(
+        model,
+        prompts,
+        options.max_new_tokens,
+        temperature=options.temperature,
+        top_p=options.top_p,
+        eod_id=tokenizer.eod_id,
+        seed=options.seed,
+    )
+    for prompt, continuation in zip(options.prompt, continuations, strict=True):
+        print(f"{prompt}{tokenizer.decode(continuation)}\n")
+
+
+def _add_checkpoint_choice(command: argparse.ArgumentParser) -> None:
+    command.add_argument("--step", type=int, help="which checkpoint (default: the newest complete one)")
+    command.add_argument("--device", default="auto", help="auto, cpu, cuda or npu")
+
+
+def _add_export(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
+    command = commands.add_parser("export", help="write a trained model for transformers or vLLM")
+    command.add_argument("run_folder", metavar="RUN", type=Path)
+    command.add_argument("--output", metavar="FOLDER", type=Path, required=True)
+    command.add_argument(
+        "--target",
+        default="auto",
+        choices=["auto", "llama", "glm4", "hyperclovax", "pangu_embedded"],
+        help="layout; auto: llama for pre-norm, glm4 for sandwich norm",
+    )
+    command.add_argument("--dtype", default="fp32", choices=["fp32", "bf16"])
+    command.add_argument("--step", type=int, help="which checkpoint (default: the newest complete one)")
+    command.set_defaults(run=_export)
+
+
+def _export(options: argparse.Namespace) -> None:
+    from pangu.convert import export
+    from pangu.train.run import load_model, tokenizer_path
+
+    model = load_model(options.run_folder, options.step)
+    export(
+        dict(model.named_parameters()),
+        model.config,
+        options.output,
+        target=options.target,
+        dtype=options.dtype,
+        tokenizer=tokenizer_path(options.run_folder),
+        rope_base=model.rope_base,
+    )
+    print(f"wrote {options.output}")
+
+
+def _add_import(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
+    command = commands.add_parser(
+        "import",
+        help="make a run at step 0 of a Hugging Face model",
+        description="FOLDER's weights become RUN at step 0: `pangu generate RUN` samples from it, and "
+        "`pangu train CONFIG --output RUN --resume` trains it further.",
+    )
+    command.add_argument("folder", metavar="FOLDER", type=Path, help="config.json and *.safetensors")
+    command.add_argument("--output", metavar="RUN", type=Path, required=True)
+    command.set_defaults(run=_import)
+
+
+def _import(options: argparse.Namespace) -> None:
+    from pangu.train.imported import import_run
+
+    import_run(options.folder, options.output)
+    print(f"wrote {options.output}")
+
+
+def _add_tokenizer(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
+    group = commands.add_parser("tokenizer", help="train a tokenizer").add_subparsers(metavar="COMMAND", required=True)
+    command = group.add_parser("train", help="one vocabulary per domain, merged and de-duplicated")
+    command.add_argument(
+        "--domain",
+        metavar="NAME=PATH[,PATH...]",
+        action="append",
+        required=True,
+        help="text, JSONL (.gz, .zst) or folders of a domain; may be given several times",
+    )
+    command.add_argument("--vocab-size", type=int, required=True)
+    command.add_argument("--output", metavar="FOLDER", type=Path, required=True)
+    command.set_defaults(run=_tokenizer_train)
+
+
+def _tokenizer_train(options: argparse.Namespace) -> None:
+    from pangu.tokenizer import train
+
+    train(_domains(options.domain), options.vocab_size, options.output)
+
+
+def _domains(arguments: Sequence[str]) -> dict[str, list[str]]:
+    domains: dict[str, list[str]] = {}
+    for argument in arguments:
+        name, equals, paths = argument.partition("=")
+        if not (name and equals and paths):
+            raise ConfigError(f"--domain {argument!r}: expected NAME=PATH, or NAME=PATH,PATH")
+        domains.setdefault(name, []).extend(paths.split(","))
+    return domains
+
+
+def _add_data(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
+    group = commands.add_parser("data", help="make and look at datasets").add_subparsers(
+        metavar="COMMAND", required=True
+    )
+
+    sample = group.add_parser("sample", help="a real multi-domain corpus from what this machine has")
+    sample.add_argument("--output", metavar="FOLDER", type=Path, required=True)
+    sample.add_argument("--apt", action="store_true", help="also Debian packages: Chinese and mathematics")
+    sample.set_defaults(run=_data_sample)
+
+    build = group.add_parser("build", help="tokenize text or JSONL into Megatron's .bin and .idx")
+    build.add_argument("inputs", metavar="INPUT", nargs="+", help="files or folders")
+    build.add_argument("--output", metavar="PREFIX", required=True, help="PREFIX.bin, PREFIX.idx and PREFIX.json")
+    build.add_argument("--tokenizer", metavar="MODEL", required=True)
+    build.add_argument("--domain", required=True)
+    build.add_argument("--workers", type=int, default=1)
+    build.add_argument("--shuffle-seed", type=int, help="shuffle the documents")
+    build.add_argument("--sort-by", metavar="FIELD", help="order the documents by a numeric JSONL field, rising")
+    build.add_argument(
+        "--validation-fraction", type=float, default=0.0, help="share of documents for PREFIX.validation"
+    )
+    build.add_argument("--text-field", default="text", help="JSONL field that holds the text")
+    build.set_defaults(run=_data_build)
+
+    look = group.add_parser("inspect", help="what a tokenized dataset holds")
+    look.add_argument("prefix", metavar="PREFIX")
+    look.add_argument("--tokenizer", metavar="MODEL")
+    look.add_argument("--document", type=int, help="print this document")
+    look.set_defaults(run=_data_inspect)
+
+
+def _data_sample(options: argparse.Namespace) -> None:
+    from pangu.data.sample import sample
+
+    sample(options.output, apt=options.apt)
+
+
+def _data_build(options: argparse.Namespace) -> None:
+    from pangu.data.build import build
+
+    build(
+        options.inputs,
+        options.output,
+        tokenizer_path=options.tokenizer,
+        domain=options.domain,
+        workers=options.workers,
+        shuffle_seed=options.shuffle_seed,
+        sort_by=options.sort_by,
+        validation_fraction=options.validation_fraction,
+        text_field=options.text_field,
+    )
+
+
+def _data_inspect(options: argparse.Namespace) -> None:
+    from pangu.data.inspect import inspect
+
+    inspect(options.prefix, tokenizer_path=options.tokenizer, document=options.document)
+
+
+def _add_config(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
+    group = commands.add_parser("config", help="look at configurations").add_subparsers(
+        metavar="COMMAND", required=True
+    )
+    command = group.add_parser("show", help="the resolved configuration, every field explained")
+    command.add_argument("config", metavar="CONFIG")
+    command.set_defaults(run=_config_show)
+
+
+def _config_show(options: argparse.Namespace) -> None:
+    from pangu import config as configuration
+
+    print(configuration.show(configuration.load(options.config, options.overrides)), end="")

@@ -1,0 +1,246 @@
+"""Tokenize a corpus into a dataset: in parallel, in order, with memory that does not grow with the corpus."""
+
+import contextlib
+import errno
+import fcntl
+import functools
+import hashlib
+import math
+import multiprocessing
+import os
+import shutil
+import signal
+import threading
+from array import array
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import Future, ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+from rich.console import Console
+from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn, TransferSpeedColumn
+
+from pangu.data.corpus import Document, list_files, read_file
+from pangu.data.indexed_dataset import IndexedDataset, IndexedDatasetWriter, Metadata, remove_dataset, token_dtype
+from pangu.errors import DataError
+from pangu.tokenizer.tokenizer import Tokenizer
+
+_CHUNK_CHARACTERS = 1 << 20
+_CHUNKS_PER_WORKER = 3
+
+
+@dataclass(frozen=True)
+class BuildResult:
+    dataset: Metadata
+    validation: Metadata | None
+    """None when nothing was held out."""
+    skipped: int
+    """Documents without text."""
+
+
+@dataclass
+class _Chunk:
+    """Consecutive documents on their way to a worker."""
+
+    texts: list[str] = field(default_factory=list)
+    sort_keys: list[float] = field(default_factory=list)
+    characters: int = 0
+    skipped: int = 0
+    bytes_read: int = 0
+    """Of all files, as they lie on disk, up to the end of this chunk."""
+
+
+@dataclass(frozen=True)
+class _Tokenized:
+    tokens: npt.NDArray[Any]  # [sum of lengths]
+    lengths: npt.NDArray[np.int64]  # [documents]
+    text_bytes: npt.NDArray[np.int64]  # [documents]
+    held_out: npt.NDArray[np.bool_]  # [documents]
+
+
+def build(
+    inputs: Sequence[str | Path],
+    output_prefix: str | Path,
+    tokenizer_path: str | Path,
+    *,
+    domain: str = "",
+    workers: int | None = None,
+    shuffle_seed: int | None = None,
+    sort_by: str | None = None,
+    validation_fraction: float = 0.0,
+    text_field: str = "text",
+    split_lines: bool = False,
+    show_progress: bool = True,
+) -> BuildResult:
+    """Tokenize the documents of files and folders (`corpus.read_documents`) into `OUTPUT_PREFIX.{bin,idx,json}`.
+
+    Every document ends with <eod>; those without text are skipped and counted. The files are the same to the byte for
+    any number of `workers` (by default one per core). `validation_fraction` holds out whole documents, chosen by a hash
+    of their text, in `OUTPUT_PREFIX.validation`. `shuffle_seed` puts documents in random order. `sort_by` orders them
+    by a number in their JSON object, such as its difficulty, lowest first; equals stay in their (shuffled) order.
+
+    Nothing appears at the prefix before everything is on disk; what a killed build leaves in `OUTPUT_PREFIX.building`
+    is deleted by the next one. Raises `DataError` for what the user can mend, a full disk included.
+    """
+    if not 0 <= validation_fraction < 1:
+        raise DataError(f"validation_fraction is {validation_fraction}; it must be at least 0 and below 1")
+    workers = len(os.sched_getaffinity(0)) if workers is None else workers
+    if workers < 1:
+        raise DataError(f"workers is {workers}; at least one process must tokenize")
+    files = list_files(inputs)
+    tokenizer = Tokenizer(tokenizer_path)
+    encode = functools.partial(_encode, held_out_below=int(validation_fraction * 2**64))
+    chunks = _chunks(files, text_field, split_lines, sort_by)
+    prefixes = [str(output_prefix)] + ([f"{output_prefix}.validation"] if validation_fraction else [])
+    with _disk_errors(output_prefix), _work_folder(output_prefix) as folder, contextlib.ExitStack() as cleanup:
+        parts = [_Part(prefix, folder, tokenizer, sort_by, shuffle_seed) for prefix in prefixes]
+        for part in parts:
+            cleanup.callback(part.writer.abort)
+        skipped = 0
+        tokenized_chunks = _tokenize(chunks, encode, tokenizer, workers)
+        for chunk, tokenized in _with_progress(tokenized_chunks, files, show_progress):
+            skipped += chunk.skipped
+            for part, belongs in zip(parts, (~tokenized.held_out, tokenized.held_out), strict=False):
+                part.add(tokenized, belongs, chunk.sort_keys)
+        _check_not_empty(parts, inputs, skipped, validation_fraction)
+        for part in parts:
+            part.reorder()
+        metadata = _publish(parts, tokenizer, domain)
+    return BuildResult(metadata[0], metadata[1] if validation_fraction else None, skipped)
+
+
+def _chunks(files: list[Path], text_field: str, split_lines: bool, sort_by: str | None) -> Iterator[_Chunk]:
+    """Group documents so that a chunk is worth sending to another process."""
+    chunk = _Chunk()
+    bytes_before = 0
+    for file in files:
+        for document in read_file(file, text_field, split_lines):
+            chunk.bytes_read = bytes_before + document.file_position
+            if not document.text.strip():
+                chunk.skipped += 1
+                continue
+            chunk.texts.append(document.text)
+            chunk.characters += len(document.text)
+            if sort_by is not None:
+                chunk.sort_keys.append(_sort_key(document, sort_by))
+            if chunk.characters >= _CHUNK_CHARACTERS:
+                yield chunk
+                chunk = _Chunk()
+        bytes_before += file.stat().st_size
+    yield chunk
+
+
+def _sort_key(document: Document, sort_by: str) -> float:
+    value = document.fields.get(sort_by)
+    if not isinstance(value, int | float) or isinstance(value, bool) or math.isnan(value):
+        raise DataError(f"{document.source}: {sort_by!r} is {value!r}; to sort by it every document needs a number there")
+    return float(value)
+
+
+def _encode(tokenizer: Tokenizer, texts: list[str], held_out_below: int) -> _Tokenized:
+    """Token ids of every text, each ended by <eod>, and whether its hash is one of those held out."""
+    ids = [np.array([*tokenizer.encode(text), tokenizer.eod_id], token_dtype(tokenizer.vocab_size)) for text in texts]
+    encoded = [text.encode() for text in texts]
+    hashes = [int.from_bytes(hashlib.blake2b(text, digest_size=8).digest(), "big") for text in encoded]
+    return _Tokenized(
+        tokens=np.concatenate(ids) if ids else np.empty(0, token_dtype(tokenizer.vocab_size)),
+        lengths=np.array([len(document) for document in ids], np.int64),
+        text_bytes=np.array([len(text) for text in encoded], np.int64),
+        held_out=np.array([value < held_out_below for value in hashes], np.bool_),
+    )
+
+
+def _tokenize(
+    chunks: Iterable[_Chunk], encode: Callable[[Tokenizer, list[str]], _Tokenized], tokenizer: Tokenizer, workers: int
+) -> Iterator[tuple[_Chunk, _Tokenized]]:
+    """Every chunk with its tokens, in order; only a few chunks per worker are in memory at a time."""
+    if workers == 1:
+        for chunk in chunks:
+            yield chunk, encode(tokenizer, chunk.texts)
+        return
+    in_flight: deque[tuple[_Chunk, Future[_Tokenized]]] = deque()
+    # Spawned, because forking is unsafe beside the threads of the progress bar.
+    spawn = multiprocessing.get_context("spawn")
+    pool = ProcessPoolExecutor(workers, spawn, initializer=_start_worker)
+    try:
+        for chunk in chunks:
+            in_flight.append((chunk, pool.submit(_encode_in_worker, encode, str(tokenizer.path), chunk.texts)))
+            if len(in_flight) == _CHUNKS_PER_WORKER * workers:
+                done, future = in_flight.popleft()
+                yield done, future.result()
+        while in_flight:
+            done, future = in_flight.popleft()
+            yield done, future.result()
+    except BrokenProcessPool:
+        raise DataError(
+            "a tokenizing process died. Out of memory: use fewer workers. In a script of your own: call build() below "
+            "`if __name__ == '__main__':`"
+        ) from None
+    finally:
+        pool.shutdown(wait=True, cancel_futures=True)
+
+
+def _start_worker() -> None:
+    """Leave interrupts to the parent, and do not outlive it: a killed one cannot tell its workers to stop."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    parent = multiprocessing.parent_process()
+    assert parent is not None
+
+    def exit_with_parent() -> None:
+        parent.join()
+        os._exit(1)
+
+    threading.Thread(target=exit_with_parent, daemon=True).start()
+
+
+def _encode_in_worker(
+    encode: Callable[[Tokenizer, list[str]], _Tokenized], tokenizer_path: str, texts: list[str]
+) -> _Tokenized:
+    return encode(_load_tokenizer(tokenizer_path), texts)
+
+
+# Once per worker process; the parent loads its own.
+_load_tokenizer = functools.cache(Tokenizer)
+
+
+class _Part:
+    """What becomes one dataset: the documents to train on, or those held out."""
+
+    def __init__(
+        self, prefix: str, folder: Path, tokenizer: Tokenizer, sort_by: str | None, shuffle_seed: int | None
+    ) -> None:
+        self.prefix = prefix
+        self.folder = folder
+        self.shuffle_seed = shuffle_seed
+        self.reordered = sort_by is not None or shuffle_seed is not None
+        self.sort_keys = array("d")
+        self.text_bytes = 0
+        dtype = token_dtype(tokenizer.vocab_size)
+        unordered = folder / f"{Path(prefix).name}.unordered"
+        self.writer = IndexedDatasetWriter(unordered if self.reordered else prefix, dtype, folder)
+
+    def add(self, tokenized: _Tokenized, belongs: npt.NDArray[np.bool_], sort_keys: list[float]) -> None:
+        """Append the documents of a chunk for which `belongs` [documents] is true."""
+        self.writer.add_documents(tokenized.tokens[np.repeat(belongs, tokenized.lengths)], tokenized.lengths[belongs])
+        self.text_bytes += int(tokenized.text_bytes[belongs].sum())
+        self.sort_keys.extend(key for key, mine in zip(sort_keys, belongs, strict=False) if mine)
+
+    def reorder(self) -> None:
+        """Copy the documents, read in random access, in their final order; memory holds a permutation of them."""
+        if not self.reordered:
+            return
+        self.writer.finish()
+        unordered = IndexedDataset(self.writer.prefix)
+        order = np.arange(len(unordered))
+        if self.shuffle_seed is not None:
+            order = np.random.default_rng(self.shuffle_seed).permutation(len(unordered))
+        if self.sort_keys:
+            order = order[np.argsort(np.asarray(self.sort_keys)[order], kind="stable")]
+        self.writer = IndexedDatasetWriter(self.prefix, unordered.dtype, self.folder)
+        for document in order:
+            self.writer.add_document(unordered[int(document)])

@@ -1,0 +1,7 @@
+"""What differs between CPU, CUDA and Ascend and is not an operator, on top of `torch.accelerator`."""
+
+from pangu.device.memory import memory_bytes
+from pangu.device.peak import peak_flops
+from pangu.device.select import collective_backend, select, synchronize
+
+__all__ = ["collective_backend", "memory_bytes", "peak_flops", "select", "synchronize"]

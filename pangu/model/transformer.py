@@ -1,0 +1,118 @@
+"""The decoder: Pangu Ultra's and Yuan 2.0's, over a flat stream of tokens, on one device.
+
+    h = embedding(tokens)                                              # [T, H]
+    in every block:  h = h + post_norm(attention(pre_norm(h)))         # sandwich norm; pre-norm has no post_norm
+                     h = h + post_norm(feed_forward(pre_norm(h)))
+    logits = head(norm(h))                                             # [T, V]
+
+There is no batch dimension and no padding: documents lie end to end, `cu_seqlens` holds their boundaries, and attention
+never crosses them. Weights are fp32; matmuls run in the dtype of their input, which is `compute_dtype` from the
+embedding on.
+"""
+
+import torch
+from pangu_kernels import linear_cross_entropy
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from pangu.config import ModelConfig
+from pangu.model.attention import Attention
+from pangu.model.cache import Cache, LayerCache
+from pangu.model.feed_forward import FeedForward
+from pangu.model.linear import Linear
+from pangu.model.norm import RMSNorm, add_post_norm, sandwich_norm
+from pangu.model.rope import rotary_tables
+
+LOGITS_PER_CHUNK = 2**26
+"""Logits the loss holds at once (256 MB in fp32): few enough to forget about, enough rows for full-speed matmuls."""
+
+
+class Embedding(nn.Module):
+    def __init__(self, vocab_size: int, hidden_size: int) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.empty(vocab_size, hidden_size))
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        return F.embedding(tokens, self.weight)
+
+
+class Block(nn.Module):
+    """One layer: attention, then feed-forward, each between its norms, on the residual stream `[T, H]`."""
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+
+        def norm() -> RMSNorm:
+            return RMSNorm(config.hidden_size, config.norm_eps)
+
+        self.attention_norm = norm()
+        self.attention = Attention(config)
+        self.post_attention_norm = norm() if config.has_post_norm else None
+        self.feed_forward_norm = norm()
+        self.feed_forward = FeedForward(config)
+        self.post_feed_forward_norm = norm() if config.has_post_norm else None
+
+    def forward(
+        self, h: Tensor, cos: Tensor, sin: Tensor, cu_seqlens: Tensor, cache: LayerCache | None = None
+    ) -> Tensor:
+        x = self.attention_norm(h)
+        y = self.attention(x, cos, sin, cu_seqlens, cache)
+        h, x = sandwich_norm(h, y, self.post_attention_norm, self.feed_forward_norm)
+        y = self.feed_forward(x)
+        return add_post_norm(h, y, self.post_feed_forward_norm)
+
+
+class Transformer(nn.Module):
+    """The whole decoder, on the default device and uninitialized: `init.init_weights` or a checkpoint fills it.
+
+    `embedding`, `norm` and `head` may be None: a pipeline stage keeps only its own, and without an embedding `tokens`
+    is the residual stream `[T, H]`. A model with tied embeddings has no head and uses the embedding's table.
+    """
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        self.config = config
+        self.compute_dtype = torch.float32
+        self.rope_base = config.rope_base
+        self.embedding: Embedding | None = Embedding(config.vocab_size, config.hidden_size)
+        self.layers = nn.ModuleDict({str(i): Block(config) for i in range(config.num_layers)})
+        self.norm: RMSNorm | None = RMSNorm(config.hidden_size, config.norm_eps)
+        self.head: Linear | None = None if config.tie_embeddings else Linear(config.hidden_size, config.vocab_size)
+
+    def forward(self, tokens: Tensor, position_ids: Tensor, cu_seqlens: Tensor, cache: Cache | None = None) -> Tensor:
+        """Hidden states `[T, H]` after the final norm.
+
+        tokens and position_ids are int64 `[T]`, cu_seqlens int32 `[N+1]` on the CPU, starting at 0 and ending at T.
+        """
+        h = tokens if self.embedding is None else self.embedding(tokens).to(self.compute_dtype)
+        cos, sin = rotary_tables(position_ids, self.config.head_dim, self.rope_base)
+        for index, block in self.layers.items():
+            h = block(h, cos, sin, cu_seqlens, None if cache is None else cache.layer(index))
+        return h if self.norm is None else self.norm(h)
+
+    def logits(self, hidden: Tensor) -> Tensor:
+        """`[T, V]` in the dtype of hidden `[T, H]`."""
+        return F.linear(hidden, self.head_weight.to(hidden.dtype))
+
+    def loss(
+        self,
+        tokens: Tensor,
+        labels: Tensor,
+        position_ids: Tensor,
+        cu_seqlens: Tensor,
+        loss_weights: Tensor | None = None,
+    ) -> tuple[Tensor, Tensor]:
+        """Cross-entropy of every label in nats: its (weighted) sum, fp32 `[]`, and each token's, fp32 `[T]`, detached.
+
+        labels int64 `[T]`, -100 for none; loss_weights fp32 `[T]`. The `[T, V]` logits never exist at once.
+        """
+        hidden = self(tokens, position_ids, cu_seqlens)
+        chunk_size = max(1, LOGITS_PER_CHUNK // len(self.head_weight))
+        return linear_cross_entropy(hidden, self.head_weight, labels, loss_weights, chunk_size)
+
+    @property
+    def head_weight(self) -> Tensor:
+        """Weight of the output head `[V, H]`: the embedding's where they are tied."""
+        owner = self.embedding if self.head is None else self.head
+        assert owner is not None, "this stage has neither a head nor an embedding"
+        return owner.weight

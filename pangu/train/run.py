@@ -1,0 +1,40 @@
+"""The files of a run, and models back from its checkpoints."""
+
+from pathlib import Path
+
+import torch
+
+from pangu import config as configuration
+from pangu.config import Config
+from pangu.errors import CheckpointError
+from pangu.model import Transformer
+from pangu.train.checkpoint import load_checkpoint
+
+CONFIG = "config.toml"
+TOKENIZER = "tokenizer.model"
+CHECKPOINTS = "checkpoints"
+
+
+def run_config(run: Path) -> Config:
+    """The resolved config that `run` was trained with."""
+    path = run / CONFIG
+    if not path.is_file():
+        raise CheckpointError(f"{run} is not a run: it has no {CONFIG}; give the folder of `pangu train --output`")
+    return configuration.from_tree(configuration.read_toml(path), str(path))
+
+
+def tokenizer_path(run: Path) -> Path | None:
+    """The tokenizer of a run's data, which training copied into the run; None for a run without one."""
+    path = run / TOKENIZER
+    return path if path.is_file() else None
+
+
+def load_model(run: Path, step: int | None = None, device: torch.device | str = "cpu") -> Transformer:
+    """The model of a run's checkpoint at `step`, or of its newest intact one, with that step's RoPE base."""
+    config = run_config(run)
+    with torch.device("meta"):
+        model = Transformer(config.model)
+    model.to_empty(device=device)
+    metadata = load_checkpoint(run / CHECKPOINTS, {"model": dict(model.named_parameters())}, step)
+    model.rope_base = metadata["rope_base"]
+    return model.eval()
