@@ -6,6 +6,7 @@ declared; `pangu config show FILE` prints the resolved tree with these texts.
 
 import dataclasses
 import difflib
+import json
 import math
 import sys
 from collections.abc import Iterator, Sequence
@@ -460,8 +461,9 @@ def _show(node: Any, path: tuple[str, ...], lines: list[str]) -> None:
                 _show(item, (*path, name), lines)
         elif isinstance(value, dict):
             for key, item in value.items():
-                lines += ["", f"# {text}", f"[{'.'.join((*path, name, key))}]"]
-                _show(item, (*path, name, key), lines)
+                quoted = key if key.isascii() and key.replace("_", "").replace("-", "").isalnum() else _toml(key)
+                lines += ["", f"# {text}", f"[{'.'.join((*path, name, quoted))}]"]
+                _show(item, (*path, name, quoted), lines)
         else:
             lines += ["", f"# {text}", f"[{'.'.join((*path, name))}]"]
             _show(value, (*path, name), lines)
@@ -478,7 +480,7 @@ def _toml(value: Any) -> str:
     if isinstance(value, bool):
         return str(value).lower()
     if isinstance(value, str):
-        return '"' + value.replace("\\", "\\\\").replace('"', '\\"') + '"'
+        return json.dumps(value, ensure_ascii=False).replace("\x7f", "\\u007f")
     if isinstance(value, dict):
         return "{" + ", ".join(f"{_toml(str(key))} = {_toml(item)}" for key, item in value.items()) + "}"
     if isinstance(value, tuple):

@@ -7,17 +7,14 @@ feature that we cannot express, and is refused by its name.
 
 import math
 from collections.abc import Mapping
-from typing import Any, Literal
+from typing import Any
 
+import torch
 from pydantic import TypeAdapter, ValidationError
 
 from pangu.config import ModelConfig
 from pangu.convert.layouts import LAYOUTS, Layout, Target
 from pangu.errors import ConversionError
-
-DTypeName = Literal["fp32", "bf16"]
-
-_TORCH_NAMES = {"fp32": "float32", "bf16": "bfloat16"}
 
 _COUNTERPARTS = {
     "vocab_size": "vocab_size",
@@ -65,7 +62,7 @@ _UNSUPPORTED = {
 
 
 def write_config(
-    config: ModelConfig, target: Target, *, rope_base: float, dtype: DTypeName, eos_id: int | None, pad_id: int | None
+    config: ModelConfig, target: Target, *, rope_base: float, dtype: torch.dtype, eos_id: int | None, pad_id: int | None
 ) -> dict[str, Any]:
     """config.json of an exported model.
 
@@ -84,7 +81,7 @@ def write_config(
     tree["rope_parameters"] = {"rope_type": "default", **rotary}
     tree |= {"bos_token_id": None, "eos_token_id": eos_id, "pad_token_id": pad_id}
     tree["attention_dropout"] = 0.0
-    tree["torch_dtype"] = _TORCH_NAMES[dtype]
+    tree["torch_dtype"] = str(dtype).removeprefix("torch.")
     tree[_OUR_KEY] = {name: getattr(config, name) for name in _INITIAL}
     return tree
 
@@ -160,10 +157,10 @@ def _read_fields(tree: Mapping[str, Any], layout: Layout, source: str) -> dict[s
     post_norm = bool(tree.get(layout.post_norm_key)) if layout.post_norm_key else True in layout.norms
     fields["norm_placement"] = "sandwich" if post_norm else "pre"
     fields["rope_base"] = _read_rope_base(tree, layout, source)
-    initial = tree.get(_OUR_KEY) or {}
-    if (initial.get("norm_placement", "pre") == "pre") == post_norm:
-        initial = {}
-    return fields | {name: initial[name] for name in _INITIAL if name in initial}
+    initial = tree.get(_OUR_KEY)
+    if isinstance(initial, dict) and (initial.get("norm_placement") != "pre") == post_norm:
+        fields |= {name: initial[name] for name in _INITIAL if name in initial}
+    return fields
 
 
 def _read_rope_base(tree: Mapping[str, Any], layout: Layout, source: str) -> float:

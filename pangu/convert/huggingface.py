@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from pangu.config import ModelConfig
-from pangu.convert.hf_config import DTypeName, read_config, write_config, write_generation_config
+from pangu.convert.hf_config import read_config, write_config, write_generation_config
 from pangu.convert.layouts import LAYOUTS, Target, TensorMap, choose, tensor_maps
 from pangu.convert.safetensors_folder import (
     StoredTensor,
@@ -25,6 +25,8 @@ from pangu.convert.safetensors_folder import (
 from pangu.errors import ConversionError
 from pangu.model import Transformer
 from pangu.tokenizer import Tokenizer, save_for_transformers
+
+DTypeName = Literal["fp32", "bf16"]
 
 _DTYPES: Mapping[DTypeName, torch.dtype] = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
@@ -79,7 +81,7 @@ def export(
     shards = _plan(maps, max_shard_bytes, _DTYPES[dtype].itemsize)
     with staged_folder(output) as folder:
         base = config.rope_base if rope_base is None else rope_base
-        tree = write_config(config, target, rope_base=base, dtype=dtype, eos_id=eos_id, pad_id=pad_id)
+        tree = write_config(config, target, rope_base=base, dtype=_DTYPES[dtype], eos_id=eos_id, pad_id=pad_id)
         write_json(folder / "config.json", tree)
         write_json(folder / "generation_config.json", write_generation_config(eos_id, pad_id))
         config_class = LAYOUTS[target].config_class
@@ -101,20 +103,14 @@ def import_(folder: Path) -> ImportedModel:
     source = str(folder / "config.json")
     target, config = read_config(read_json(folder / "config.json"), source)
     stored = {name: t for name, t in read_headers(folder).items() if not name.endswith(".rotary_emb.inv_freq")}
-    if config.tie_embeddings and _HEAD in stored:
+    if config.tie_embeddings and {_HEAD, _EMBEDDING} <= stored.keys():
         _check_tied(stored)
         del stored[_HEAD]
     maps = tensor_maps(config, LAYOUTS[target], _shapes(config))
     _check_names(str(folder), {name for entry in maps for name in entry.theirs}, stored.keys())
     for entry in maps:
         for name in entry.theirs:
-            if stored[name].shape != entry.their_shape:
-                raise ConversionError(
-                    f"{stored[name].path}: {name} is {list(stored[name].shape)}, but by config.json it is "
-                    f"{list(entry.their_shape)}"
-                )
-            if stored[name].dtype not in _FLOATING:
-                raise ConversionError(f"{stored[name].path}: {name} is {stored[name].dtype}; quantized weights cannot be read")
+            _check_stored(name, stored[name], entry.their_shape)
     tokenizer = folder / "tokenizer.model"
     return ImportedModel(config, _StoredModel(maps, stored), tokenizer if tokenizer.is_file() else None)
 
@@ -165,7 +161,7 @@ def _fill(shard: Sequence[TensorMap], state: Mapping[str, Tensor], dtype: torch.
         tensor = state[entry.ours].detach()
         if tuple(tensor.shape) != entry.shape:
             raise ConversionError(
-                f"{entry.ours} of the model's state is {list(tensor.shape)}, but by its config it is {list(entry.shape)}"
+                f"{entry.ours} of the model's state is {list(tensor.shape)}; its config makes it {list(entry.shape)}"
             )
         for name, part in zip(entry.theirs, entry.split(tensor), strict=True):
             tensors[name] = part.to("cpu", dtype, copy=True, memory_format=torch.contiguous_format)
@@ -187,6 +183,13 @@ def _check_names(where: str, expected: Collection[str], found: Collection[str]) 
         if names:
             shown = ", ".join(sorted(names)[:4]) + (f" and {len(names) - 4} more" if len(names) > 4 else "")
             raise ConversionError(f"{where} {kind} tensors for a model of this config: {shown}")
+
+
+def _check_stored(name: str, stored: StoredTensor, shape: tuple[int, ...]) -> None:
+    if stored.shape != shape:
+        raise ConversionError(f"{stored.path}: {name} is {list(stored.shape)}, but by config.json it is {list(shape)}")
+    if stored.dtype not in _FLOATING:
+        raise ConversionError(f"{stored.path}: {name} is {stored.dtype}; quantized weights cannot be read")
 
 
 def _check_tied(stored: Mapping[str, StoredTensor]) -> None:

@@ -14,6 +14,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from pangu.errors import ConversionError
+from pangu.files import sync
 
 SINGLE_FILE = "model.safetensors"
 INDEX_FILE = "model.safetensors.index.json"
@@ -45,9 +46,9 @@ def staged_folder(output: Path) -> Iterator[Path]:
         staging.mkdir(parents=True)
         yield staging
         for path in (*staging.rglob("*"), staging):
-            _fsync(path)
+            sync(path)
         os.replace(staging, output)
-        _fsync(output.parent)
+        sync(output.parent)
     except (OSError, SafetensorError) as error:
         raise ConversionError(f"{output} could not be written: {error}; nothing was left behind") from error
     finally:
@@ -92,7 +93,7 @@ def read_headers(folder: Path) -> dict[str, StoredTensor]:
     Raises `ConversionError` when the files are missing, damaged or do not hold what the index says.
     """
     if (folder / INDEX_FILE).is_file():
-        files = read_json(folder / INDEX_FILE)["weight_map"]
+        files = read_json(folder / INDEX_FILE).get("weight_map", {})
         stored = {name: tensor for file in sorted(set(files.values())) for name, tensor in _header(folder / file)}
         if stored.keys() != files.keys():
             wrong = sorted(stored.keys() ^ files.keys())
@@ -123,11 +124,3 @@ def _header(path: Path) -> Iterator[tuple[str, StoredTensor]]:
 
 def _some(names: Sequence[str]) -> str:
     return ", ".join(names[:5]) + (f" and {len(names) - 5} more" if len(names) > 5 else "")
-
-
-def _fsync(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

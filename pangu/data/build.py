@@ -100,9 +100,9 @@ def build(
     with _disk_errors(output_prefix), _work_folder(output_prefix) as folder, contextlib.ExitStack() as cleanup:
         parts = [_Part(prefix, folder, tokenizer, sort_by, shuffle_seed) for prefix in prefixes]
         for part in parts:
-            cleanup.callback(part.writer.abort)
+            cleanup.callback(part.close)
         skipped = 0
-        tokenized_chunks = _tokenize(chunks, encode, tokenizer, workers)
+        tokenized_chunks = _tokenize(chunks, encode, tokenizer, tokenizer_path, workers)
         for chunk, tokenized in _with_progress(tokenized_chunks, files, show_progress):
             skipped += chunk.skipped
             for part, belongs in zip(parts, (~tokenized.held_out, tokenized.held_out), strict=False):
@@ -138,7 +138,9 @@ def _chunks(files: list[Path], text_field: str, split_lines: bool, sort_by: str 
 def _sort_key(document: Document, sort_by: str) -> float:
     value = document.fields.get(sort_by)
     if not isinstance(value, int | float) or isinstance(value, bool) or math.isnan(value):
-        raise DataError(f"{document.source}: {sort_by!r} is {value!r}; to sort by it every document needs a number there")
+        raise DataError(
+            f"{document.source}: {sort_by!r} is {value!r}; to sort by it every document needs a number there"
+        )
     return float(value)
 
 
@@ -156,7 +158,11 @@ def _encode(tokenizer: Tokenizer, texts: list[str], held_out_below: int) -> _Tok
 
 
 def _tokenize(
-    chunks: Iterable[_Chunk], encode: Callable[[Tokenizer, list[str]], _Tokenized], tokenizer: Tokenizer, workers: int
+    chunks: Iterable[_Chunk],
+    encode: Callable[[Tokenizer, list[str]], _Tokenized],
+    tokenizer: Tokenizer,
+    tokenizer_path: str | Path,
+    workers: int,
 ) -> Iterator[tuple[_Chunk, _Tokenized]]:
     """Every chunk with its tokens, in order; only a few chunks per worker are in memory at a time."""
     if workers == 1:
@@ -169,7 +175,7 @@ def _tokenize(
     pool = ProcessPoolExecutor(workers, spawn, initializer=_start_worker)
     try:
         for chunk in chunks:
-            in_flight.append((chunk, pool.submit(_encode_in_worker, encode, str(tokenizer.path), chunk.texts)))
+            in_flight.append((chunk, pool.submit(_encode_in_worker, encode, str(tokenizer_path), chunk.texts)))
             if len(in_flight) == _CHUNKS_PER_WORKER * workers:
                 done, future = in_flight.popleft()
                 yield done, future.result()
@@ -244,3 +250,81 @@ class _Part:
         self.writer = IndexedDatasetWriter(self.prefix, unordered.dtype, self.folder)
         for document in order:
             self.writer.add_document(unordered[int(document)])
+
+    def close(self) -> None:
+        self.writer.abort()
+
+
+def _publish(parts: list[_Part], tokenizer: Tokenizer, domain: str) -> list[Metadata]:
+    """Move all datasets to their places, or none: one that cannot be completed takes the others with it."""
+    metadata = [
+        Metadata(tokenizer.fingerprint, tokenizer.vocab_size, writer.documents, writer.tokens, part.text_bytes, domain)
+        for part in parts
+        for writer in [part.writer]
+    ]
+    for part in parts:
+        remove_dataset(part.prefix)
+    try:
+        for part, description in zip(parts, metadata, strict=True):
+            part.writer.finish(description)
+    except BaseException:
+        for part in parts:
+            remove_dataset(part.prefix)
+        raise
+    return metadata
+
+
+def _check_not_empty(
+    parts: list[_Part], inputs: Sequence[str | Path], skipped: int, validation_fraction: float
+) -> None:
+    documents = [part.writer.documents for part in parts]
+    if not sum(documents):
+        names = ", ".join(map(str, inputs))
+        raise DataError(f"{names}: no text in this corpus ({skipped} empty documents); check the files")
+    if 0 in documents:
+        raise DataError(
+            f"validation_fraction {validation_fraction} splits {sum(documents)} documents into {documents[0]} and "
+            f"{documents[1]}; change it, or hold out a file of your own choice by building it separately"
+        )
+
+
+@contextlib.contextmanager
+def _work_folder(prefix: str | Path) -> Iterator[Path]:
+    """`PREFIX.building`: empty, ours alone, and gone in the end. A killed build's is taken over."""
+    folder = Path(f"{prefix}.building")
+    folder.mkdir(parents=True, exist_ok=True)
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise DataError(f"{prefix}: another process is building this dataset; wait for it") from None
+        for leftover in folder.iterdir():
+            leftover.unlink()
+        try:
+            yield folder
+        finally:
+            shutil.rmtree(folder, ignore_errors=True)
+    finally:
+        os.close(descriptor)
+
+
+@contextlib.contextmanager
+def _disk_errors(prefix: str | Path) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        fix = "free some space or build elsewhere" if error.errno == errno.ENOSPC else "check the output folder"
+        raise DataError(f"{prefix}: the dataset cannot be written ({error.strerror or error}); {fix}") from error
+
+
+def _with_progress(
+    tokenized: Iterable[tuple[_Chunk, _Tokenized]], files: list[Path], show: bool
+) -> Iterator[tuple[_Chunk, _Tokenized]]:
+    """Pass chunks on under a bar that counts the corpus as it lies on disk."""
+    columns = (TextColumn("tokenizing"), BarColumn(), DownloadColumn(), TransferSpeedColumn(), TimeRemainingColumn())
+    with Progress(*columns, console=Console(stderr=True), disable=not show) as progress:
+        task = progress.add_task("tokenizing", total=sum(file.stat().st_size for file in files))
+        for chunk, tokens in tokenized:
+            yield chunk, tokens
+            progress.update(task, completed=chunk.bytes_read)

@@ -135,7 +135,7 @@ class _ZstdReader(io.RawIOBase):
 
     def readinto(self, buffer: Any) -> int:
         while not self.decompressed:
-            self.compressed = self.compressed or self.raw.read(1 << 17)
+            self.compressed = self.compressed or self.raw.read(1 << 14)
             if not self.compressed:
                 if self.inside_frame:
                     raise EOFError("the last frame has no end")

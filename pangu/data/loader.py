@@ -1,13 +1,14 @@
 """Micro-batches of a run, as a pure function of (config, step, data-parallel rank).
 
-Nothing is saved to resume: `Loader.batches(step)` gives the same micro-batches in any process at any time. The sequences
-of a step are numbered on from those of the phase's steps before it, and dealt to the data-parallel ranks in equal
-contiguous shares; neither the number of ranks nor `train.micro_batch_size` changes which sequences a step consists of.
+Nothing is saved to resume: `Loader.batches(step)` gives the same micro-batches in any process at any time. The
+sequences of a step are numbered on from those of the phase's steps before it, and dealt to the data-parallel ranks in
+equal contiguous shares; neither their number nor `train.micro_batch_size` changes which sequences a step consists of.
 """
 
+import contextlib
 import queue
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from types import TracebackType
 from typing import Protocol
 
@@ -15,22 +16,28 @@ import numpy as np
 import numpy.typing as npt
 
 from pangu.config import Config
-from pangu.data.batch import Batch
+from pangu.data.batch import IGNORED_LABEL, Batch
 from pangu.data.packing import Window, pack
 from pangu.data.schedule import Position, Schedule
 from pangu.data.synthetic import SyntheticSource
 from pangu.errors import ConfigError
 
+# Packed in one go: enough to make Python's overhead small, little enough to stay in a core's cache.
+_TOKENS_AT_ONCE = 1 << 15
+
 
 class Source(Protocol):
-    """Where windows of tokens come from: a `Corpus`, or a `SyntheticSource`."""
+    """Where windows of tokens come from: a `DomainSource`, or a `SyntheticSource`."""
 
     @property
     def validation_domains(self) -> tuple[str, ...]: ...
 
-    def windows(self, phase_index: int, sequences: npt.NDArray[np.int64]) -> list[Window]: ...
+    @property
+    def pad_id(self) -> int | None: ...
 
-    def validation_windows(self, domain: str, sequence_length: int, count: int) -> list[Window]: ...
+    def windows(self, phase_index: int, sequences: npt.NDArray[np.int64]) -> Sequence[Window]: ...
+
+    def validation_windows(self, domain: str, sequence_length: int, count: int) -> Sequence[Window]: ...
 
 
 class Loader:
@@ -47,7 +54,13 @@ class Loader:
         self.dp_rank = dp_rank
         self.dp_size = dp_size
         _check_batch_sizes(config, dp_size)
-        self._source: Source = SyntheticSource(config.model.vocab_size, config.train.seed)
+        self._source: Source
+        if config.data.synthetic:
+            self._source = SyntheticSource(config.model.vocab_size, config.train.seed)
+        else:
+            from pangu.data.domains import DomainSource
+
+            self._source = DomainSource(config, schedule)
         self.validation_domains = self._source.validation_domains
 
     def num_micro_batches(self, position: Position) -> int:
@@ -69,15 +82,22 @@ class Loader:
     def validation(self, domain: str, sequence_length: int, count: int) -> Iterator[Batch]:
         """This rank's share of `count` windows spread evenly over a held-out set, the same at every call.
 
-        Fewer if the set has fewer. Every rank gets equally many micro-batches of equal shapes.
+        Fewer if the set has fewer. Every rank gets equally many micro-batches of the same shapes, as collectives want;
+        ranks that run out of windows get one without labels.
         """
         windows = self._source.validation_windows(domain, sequence_length, count)
-        yield from self._pack(windows[self.dp_rank :: self.dp_size], sequence_length)
+        share = list(windows[self.dp_rank :: self.dp_size])
+        idle = len(share) * self.dp_size < len(windows)
+        labelled = len(share)
+        for batch in self._pack(share + [windows[0]] * idle, sequence_length):
+            batch.labels[labelled * sequence_length :] = IGNORED_LABEL
+            labelled -= self.config.train.micro_batch_size
+            yield batch
 
     def _pack(self, windows: Sequence[Window], sequence_length: int) -> Iterator[Batch]:
         data = self.config.data
         size = self.config.train.micro_batch_size
-        at_once = size * max(_PACKED_TOKENS // (size * sequence_length), 1)
+        at_once = size * max(_TOKENS_AT_ONCE // (size * sequence_length), 1)
         for first in range(0, len(windows), at_once):
             yield from pack(
                 windows[first : first + at_once],
@@ -85,7 +105,7 @@ class Loader:
                 size,
                 reset_at_documents=data.reset_at_documents,
                 reset_positions=data.reset_positions,
-                pad_id=self._pad_id,
+                pad_id=self._source.pad_id,
             )
 
 
@@ -115,6 +135,7 @@ class Prefetcher:
             for _ in range(self._loader.num_micro_batches(self._loader.schedule.at(step))):
                 item = self._queue.get()
                 if isinstance(item, BaseException):
+                    self._queue.put(item)  # for whoever asks again: the thread has ended
                     raise item
                 yield item
         self._next_step += 1
@@ -123,9 +144,11 @@ class Prefetcher:
         """End the background thread and wait for it."""
         self._closed.set()
         if self._thread is not None:
-            while self._thread.is_alive():
-                _drain(self._queue)
-                self._thread.join(timeout=0.01)
+            # The thread notices after its next put, for which there has to be room.
+            with contextlib.suppress(queue.Empty):
+                while True:
+                    self._queue.get_nowait()
+            self._thread.join()
 
     def __enter__(self) -> "Prefetcher":
         return self
@@ -146,20 +169,12 @@ class Prefetcher:
             self._queue.put(error)
 
 
-def _drain(items: "queue.Queue[Batch | BaseException]") -> None:
-    try:
-        while True:
-            items.get_nowait()
-    except queue.Empty:
-        pass
-
-
 def _check_batch_sizes(config: Config, dp_size: int) -> None:
     unit = config.train.micro_batch_size * dp_size
     for phase in config.phases:
         for batch_size in (phase.batch_size, *(step.batch_size for step in phase.batch_size_ramp)):
             if batch_size % unit:
                 raise ConfigError(
-                    f"phase {phase.name!r}: batch_size {batch_size} is not a multiple of {unit} = train.micro_batch_size "
-                    f"{config.train.micro_batch_size} x {dp_size} data-parallel ranks; change one of them"
+                    f"phase {phase.name!r}: batch_size {batch_size} is not a multiple of {unit}, which is "
+                    f"train.micro_batch_size {config.train.micro_batch_size} x {dp_size} data-parallel ranks"
                 )

@@ -6,16 +6,17 @@ spaced as can be. Domain-local counts follow in closed form: full cycles times t
 **Windows.** A domain is one stream of N tokens, its documents in stored order. A window of a phase is
 `sequence_length + 1` tokens; neighbouring windows start `sequence_length` apart, so every token is predicted once.
 
-**Regions.** No window comes twice before the domain is exhausted, across phases of any sequence lengths. To that end the
-stream is cut into equal strata, which are consumed side by side from front to back: a phase reads, from each stratum,
-the stretch that follows the previous phase's. With one stratum a phase would see one contiguous part of the corpus;
-with up to 64 it sees samples from all over it. How much a phase consumes follows from its tokens alone, never from
-`train.steps`, and phases appended later change nothing before them. An open-ended phase has the rest of the epoch.
-At the end of the epoch, every phase goes on at the front of the strata. What is left unread is less than one window per
-stratum at the end of an epoch, and the same at the end of a phase.
+**Regions.** No window comes twice before the domain is exhausted, across phases of any sequence lengths. To that end
+the stream is cut into equal strata, which are consumed side by side from front to back: a phase reads, from each
+stratum, the stretch that follows the previous phase's. With one stratum a phase would see one contiguous part of the
+corpus; with up to 64 it sees samples from all over it. How much a phase consumes follows from its tokens alone, never
+from `train.steps`, and phases appended later change nothing before them. An open-ended phase has the rest of the epoch.
+An exhausted domain is read again from the front of its strata. What stays unread is less than one window per stratum at
+the end of an epoch, and at most that at the end of a phase.
 
-**Order.** Within the part of its region that lies in one epoch a phase reads windows in an order that is a pseudo-random
-permutation of its own, or, in a domain of `PhaseConfig.curriculum`, as stored; such a domain has one stratum.
+**Order.** Within the part of its region that lies in one epoch a phase reads windows in an order that is a
+pseudo-random permutation of its own, or, in a domain of `PhaseConfig.curriculum`, as stored; such a domain has one
+stratum.
 """
 
 import hashlib

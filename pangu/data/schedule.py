@@ -6,8 +6,8 @@ overshoot by less than one batch. `train.steps` cuts the whole run and changes n
 
 The learning rate of a step is the value, at the step's end, of one curve per phase: 0 at its start, linear to
 `learning_rate` over `warmup_steps`, then a cosine in tokens to `final_learning_rate` at the phase's end. Step k of a
-warm-up of w thus uses (k + 1) / w of the rate: no step is wasted on a rate of 0, and the last step of a phase has exactly
-the final rate. (The Pangu Ultra report does not say whether its cosine runs over steps or tokens.)
+warm-up of w thus uses (k + 1) / w of the rate: no step is wasted on a rate of 0, and the last step of a phase has
+exactly the final rate. (The Pangu Ultra report does not say whether its cosine runs over steps or tokens.)
 """
 
 import bisect
@@ -59,8 +59,8 @@ class Schedule:
 
     total_steps: optimizer steps of the run.
     phase_steps: the same per phase, 0 for a phase that `train.steps` cuts off.
-    phase_sequences: sequences per phase before any cut, None for an open last phase. The data order is laid out by these,
-        so that a longer or shorter run sees the same data.
+    phase_sequences: sequences per phase before any cut, None for an open last phase. The data order is laid out by
+        these, so that a longer or shorter run sees the same data.
     """
 
     def __init__(self, config: Config) -> None:
@@ -115,7 +115,7 @@ def _segments(start: Position) -> tuple[list[Position], Position | None]:
     phase = start.phase
     thresholds = [step.tokens for step in phase.batch_size_ramp]
     batch_sizes = [phase.batch_size, *(step.batch_size for step in phase.batch_size_ramp)]
-    segments = []
+    segments: list[Position] = []
     position = start
     for batch_size, threshold in zip(batch_sizes, [*thresholds, phase.tokens], strict=True):
         position = replace(position, batch_size=batch_size)

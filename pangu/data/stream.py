@@ -2,19 +2,24 @@
 
 import bisect
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
 
 from pangu.data.indexed_dataset import IndexedDataset
+from pangu.errors import DataError
 
 
 class TokenStream:
-    """Datasets laid end to end, as stored. Reads through memory maps; holds nothing that grows with the datasets."""
+    """Datasets laid end to end, as stored. Reads through memory maps; holds nothing that grows with the datasets.
 
-    def __init__(self, datasets: Sequence[IndexedDataset]) -> None:
+    A dataset without metadata does not say which token ids it has: those are checked against `vocab_size` when read.
+    """
+
+    def __init__(self, datasets: Sequence[IndexedDataset], vocab_size: int) -> None:
         self.datasets = tuple(datasets)
+        self._vocab_size = vocab_size
         self._ends = np.cumsum([dataset.num_tokens for dataset in datasets]).tolist()
 
     @property
@@ -30,6 +35,8 @@ class TokenStream:
             dataset = self.datasets[index]
             first = start + filled - (self._ends[index] - dataset.num_tokens)
             tokens = dataset.tokens[first : first + len(out) - filled]
+            if dataset.metadata is None:
+                self._check_ids(dataset, tokens)
             out[filled : filled + len(tokens)] = tokens
             # The document at the head of a further dataset starts inside the window, one at `start` does not.
             after = first - 1 if filled else first
@@ -37,6 +44,13 @@ class TokenStream:
             filled += len(tokens)
             index += 1
         return starts[0] if len(starts) == 1 else np.concatenate(starts)
+
+    def _check_ids(self, dataset: IndexedDataset, tokens: npt.NDArray[Any]) -> None:
+        if tokens.max() >= self._vocab_size:
+            raise DataError(
+                f"dataset {dataset.prefix} has token id {tokens.max()}, but model.vocab_size is {self._vocab_size}; "
+                "raise it, or build the dataset with another tokenizer"
+            )
 
 
 class StreamWindow(NamedTuple):

@@ -4,11 +4,13 @@ Every document counts upwards, modulo the alphabet, from a random token in a str
 the length are chance, everything between follows: the loss falls from ln(vocab_size) towards that remainder.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
 import numpy.typing as npt
 
+from pangu.data.packing import Window
 from pangu.errors import ConfigError
 
 DOMAIN = "synthetic"
@@ -43,9 +45,10 @@ class SyntheticWindow:
 
 
 class SyntheticSource:
-    """Stands where a `Corpus` stands when `data.synthetic` is set."""
+    """Stands where a `DomainSource` stands when `data.synthetic` is set."""
 
-    validation_domains = (DOMAIN,)
+    validation_domains: tuple[str, ...] = (DOMAIN,)
+    pad_id: int | None = None
 
     def __init__(self, vocab_size: int, seed: int) -> None:
         if vocab_size < 3:
@@ -53,11 +56,11 @@ class SyntheticSource:
         self._alphabet = vocab_size - 1
         self._seed = seed
 
-    def windows(self, phase_index: int, sequences: npt.NDArray[np.int64]) -> list[SyntheticWindow]:
+    def windows(self, phase_index: int, sequences: npt.NDArray[np.int64]) -> Sequence[Window]:
         """The given sequences of a phase."""
         keys = [(self._seed, _TRAINING, phase_index, sequence) for sequence in sequences.tolist()]
         return [SyntheticWindow(key, self._alphabet) for key in keys]
 
-    def validation_windows(self, domain: str, sequence_length: int, count: int) -> list[SyntheticWindow]:
+    def validation_windows(self, domain: str, sequence_length: int, count: int) -> Sequence[Window]:
         """`count` sequences that training never sees, the same at every call."""
         return [SyntheticWindow((self._seed, _VALIDATION, sequence), self._alphabet) for sequence in range(count)]

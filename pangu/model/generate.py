@@ -48,12 +48,8 @@ def generate(
         chosen = sample(logits, draws.to(device), temperature, top_p).tolist()
         for index, token in zip(live, chosen, strict=True):
             outputs[index].append(token)
-        going = [
-            (index, [token])
-            for index, token in zip(live, chosen, strict=True)
-            if token != eod_id and len(outputs[index]) < max_new_tokens
-        ]
-        live, pending = [index for index, _ in going], [tokens for _, tokens in going]
+        live = [index for index in live if outputs[index][-1] != eod_id and len(outputs[index]) < max_new_tokens]
+        pending = [outputs[index][-1:] for index in live]
     return outputs
 
 
@@ -84,8 +80,9 @@ def _check(
     for index, prompt in enumerate(prompts):
         if not prompt:
             raise DataError(f"prompt {index} is empty; start it with a token, such as the end-of-document one")
-        if not 0 <= min(prompt) <= max(prompt) < vocab_size:
+        unknown = [token for token in prompt if not 0 <= token < vocab_size]
+        if unknown:
             raise DataError(
-                f"prompt {index} holds token {max(prompt)} but the model knows {vocab_size}; "
+                f"prompt {index} holds token {unknown[0]} but the model knows {vocab_size}; "
                 "was it encoded with the model's own tokenizer?"
             )

@@ -11,6 +11,7 @@ def rotary_tables(position_ids: Tensor, head_dim: int, base: float) -> tuple[Ten
     whatever the compute dtype: near position 128K neighbouring bf16 numbers are 512 positions apart.
     """
     exponents = torch.arange(0, head_dim, 2, device=position_ids.device, dtype=torch.float32) / head_dim
-    angles = position_ids.float()[:, None] / base**exponents  # [T, head_dim / 2]
+    frequencies = 1.0 / base**exponents  # rounded before the product, as transformers does: near 128K it shows
+    angles = position_ids.float()[:, None] * frequencies  # [T, head_dim / 2]
     angles = torch.cat((angles, angles), dim=-1)  # [T, head_dim]
     return angles.cos(), angles.sin()

@@ -28,6 +28,8 @@ LOGITS_PER_CHUNK = 2**26
 
 
 class Embedding(nn.Module):
+    """Rows of a table, fp32 `[T, H]`, for tokens `[T]`."""
+
     def __init__(self, vocab_size: int, hidden_size: int) -> None:
         super().__init__()
         self.weight = nn.Parameter(torch.empty(vocab_size, hidden_size))

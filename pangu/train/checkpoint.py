@@ -78,7 +78,7 @@ class Checkpointer:
         if asynchronous is None:
             asynchronous = self.config.asynchronous
         staged = self._stage(state, ()) if asynchronous else state
-        self._save_in_flight = self._thread.submit(self._write, step, staged, metadata)
+        self._save_in_flight = self._thread.submit(self._write, step, staged, copy.deepcopy(metadata))
         if not asynchronous:
             self.wait()
 
@@ -153,7 +153,8 @@ class Checkpointer:
             _on_rank_0(lambda: shutil.rmtree(temporary, ignore_errors=True), self.group)
             raise CheckpointError(
                 f"{final} was not written: {_root_cause(error)} (it needs {_megabytes(needed)}, the disk has "
-                f"{_megabytes(shutil.disk_usage(self.folder).free)} free); mend that and --resume: earlier checkpoints are intact"
+                f"{_megabytes(shutil.disk_usage(self.folder).free)} free); mend that and --resume: earlier checkpoints "
+                "are intact"
             ) from error
         _on_rank_0(self._remove_expired, self.group)
 

@@ -16,7 +16,7 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from pangu.errors import PanguError
+from pangu.errors import PanguError, TrainingError
 
 Event = dict[str, Any]
 
@@ -24,7 +24,7 @@ FILE_NAME = "events.jsonl"
 
 
 class EventLog:
-    """Appends events to a run's file, each in one unbuffered write, and hands them to subscribers."""
+    """Appends events to a run's file, unbuffered, and hands them to subscribers."""
 
     def __init__(self, run: Path, step: int = 0, subscribers: Sequence[Callable[[Event], None]] = ()) -> None:
         """Keeps the events that `run` already has up to `step`, where training goes on, and removes later ones.
@@ -32,19 +32,30 @@ class EventLog:
         A resumed run's file thus equals that of an uninterrupted one. Step 0 starts an empty file.
         """
         run.mkdir(parents=True, exist_ok=True)
+        self.path = run / FILE_NAME
         self.subscribers = list(subscribers)
-        self._file = (run / FILE_NAME).open("ab", buffering=0)
-        self._file.truncate(_end_of(run / FILE_NAME, step))
+        self._file = self.path.open("ab", buffering=0)
+        self._file.truncate(_end_of(self.path, step))
 
     def write(self, kind: str, step: int, **values: Any) -> None:
-        """Record one event. `values` are JSON values; floats may be non-finite."""
+        """Record one event. `values` are JSON values; floats may be non-finite.
+
+        Raises `TrainingError` when the file cannot be written, such as for a full disk.
+        """
         event = {"kind": kind, "step": step, **_finite(values)}
-        self._file.write(json.dumps(event, ensure_ascii=False, allow_nan=False).encode() + b"\n")
+        self._append(json.dumps(event, ensure_ascii=False, allow_nan=False).encode() + b"\n")
         for subscriber in self.subscribers:
             subscriber(event)
 
     def close(self) -> None:
         self._file.close()
+
+    def _append(self, line: bytes) -> None:
+        try:
+            while line:
+                line = line[self._file.write(line) :]
+        except OSError as error:
+            raise TrainingError(f"{self.path}: {error.strerror}; mend that and --resume") from error
 
 
 def read_events(run: Path) -> list[Event]:

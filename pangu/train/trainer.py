@@ -148,6 +148,7 @@ class Trainer:
             _stop_signals() as received,
         ):
             clock = Clock()
+            interval = self.config.train.validation_interval
             for step in range(first_step, total_steps):
                 position = self.schedule.at(step)
                 result = self.step(position, list(prefetcher.batches(step)))
@@ -156,9 +157,9 @@ class Trainer:
                 if result.statistics:
                     log.write("statistics", self.counters.step, **result.statistics)
                 last = self.counters.step == total_steps
-                if self._due(self.config.train.validation_interval, last):
+                if self._reached(interval) or (last and interval):
                     log.write("validation", self.counters.step, losses=self.validate(position))
-                if self._due(self.config.checkpoint.interval, last or bool(received)):
+                if self._reached(self.config.checkpoint.interval) or last or received:
                     self.save()
                 self._stop_if_stuck()
                 if received:
@@ -274,8 +275,8 @@ class Trainer:
             "seconds_left": clock.mean_seconds * (self.schedule.total_steps - self.counters.step),
         }
 
-    def _due(self, interval: int, last: bool) -> bool:
-        return last or (interval > 0 and self.counters.step % interval == 0)
+    def _reached(self, interval: int) -> bool:
+        return interval > 0 and self.counters.step % interval == 0
 
     def _stop_if_stuck(self) -> None:
         limit = self.config.train.max_skipped_steps

@@ -10,10 +10,12 @@ from pathlib import Path
 
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from pangu.convert import export, import_
+from pangu.errors import ConversionError
+from pangu.model import Transformer
 
 transformers = pytest.importorskip("transformers")
 
@@ -39,7 +41,8 @@ def forward(folder: Path, tokens: Tensor) -> Tensor:
     """Logits [T, V] in float64."""
     config = json.loads((folder / "config.json").read_text())
     weights = {name: tensor.double() for name, tensor in load_file(folder / "model.safetensors").items()}
-    head_dim, heads, key_heads = config["head_dim"], config["num_attention_heads"], config["num_key_value_heads"]
+    heads, key_heads = config["num_attention_heads"], config["num_key_value_heads"]
+    head_dim = config.get("head_dim", config["hidden_size"] // heads)
 
     def linear(x: Tensor, name: str) -> Tensor:
         return x @ weights[name + ".weight"].T + weights.get(name + ".bias", 0)
@@ -74,7 +77,7 @@ def forward(folder: Path, tokens: Tensor) -> Tensor:
     for layer in range(config["num_hidden_layers"]):
         prefix = f"model.layers.{layer}."
         y = attention(norm(h, prefix + "input_layernorm"), prefix + "self_attn.")
-        if config["sandwich_norm"]:
+        if config.get("sandwich_norm"):
             h = h + norm(y, prefix + "post_attention_layernorm")
             y = feed_forward(norm(h, prefix + "pre_mlp_layernorm"), prefix + "mlp.")
             h = h + norm(y, prefix + "post_mlp_layernorm")
@@ -109,45 +112,73 @@ def test_transformers_reads_the_config_with_the_class_beside_it(model_config, ra
     assert theirs.rope_parameters["rope_theta"] == 1.6e7
 
 
-def test_the_published_layout_is_imported(model_config, random_model, our_logits, tokens, tmp_path):
-    """openPangu-Embedded's config.json, key for key (7B, sizes reduced), with the inv_freq tensors its files hold."""
-    config = model_config(attention_bias=True, rope_base=1.6e7)
-    model = random_model(config)
-    export(model.state_dict(), config, tmp_path / "out", target="pangu_embedded")
-    published = {
-        "architectures": ["PanguEmbeddedForCausalLM"],
-        "auto_map": {"AutoConfig": "configuration_openpangu_dense.PanguEmbeddedConfig"},
-        "bias": True,
-        "attention_dropout": 0.0,
-        "bos_token_id": 1,
-        "pad_token_id": 0,
-        "eos_token_id": 45892,
-        "hidden_act": "silu",
-        "hidden_size": 48,
-        "initializer_range": 0.02,
-        "intermediate_size": 80,
-        "max_position_embeddings": 64,
-        "model_type": "PanguEmbedded",
-        "num_attention_heads": 6,
-        "num_hidden_layers": 2,
-        "num_key_value_heads": 2,
-        "rms_norm_eps": 1e-05,
-        "rope_theta": 16000000.0,
-        "tie_word_embeddings": False,
-        "torch_dtype": "bfloat16",
-        "transformers_version": "4.53.2",
-        "use_cache": True,
-        "vocab_size": 97,
-    }
-    (tmp_path / "out" / "config.json").write_text(json.dumps(published))
-    stored = load_file(tmp_path / "out" / "model.safetensors")
-    stored |= {f"model.layers.{i}.self_attn.rotary_emb.inv_freq": torch.ones(4) for i in range(2)}
-    from safetensors.torch import save_file
+# openPangu-Embedded-7B's config.json, key for key, with smaller sizes.
+PUBLISHED = {
+    "architectures": ["PanguEmbeddedForCausalLM"],
+    "auto_map": {
+        "AutoConfig": "configuration_openpangu_dense.PanguEmbeddedConfig",
+        "AutoModel": "modeling_openpangu_dense.PanguEmbeddedModel",
+        "AutoModelForCausalLM": "modeling_openpangu_dense.PanguEmbeddedForCausalLM",
+    },
+    "bias": True,
+    "attention_dropout": 0.0,
+    "bos_token_id": 1,
+    "pad_token_id": 0,
+    "eos_token_id": 45892,
+    "hidden_act": "silu",
+    "hidden_size": 48,
+    "initializer_range": 0.02,
+    "intermediate_size": 80,
+    "max_position_embeddings": 64,
+    "model_type": "PanguEmbedded",
+    "num_attention_heads": 3,
+    "num_hidden_layers": 2,
+    "num_key_value_heads": 1,
+    "rms_norm_eps": 1e-05,
+    "rope_theta": 16000000.0,
+    "tie_word_embeddings": False,
+    "torch_dtype": "bfloat16",
+    "transformers_version": "4.53.2",
+    "use_cache": True,
+    "vocab_size": 97,
+}
 
-    save_file(stored, tmp_path / "out" / "model.safetensors")
-    imported = import_(tmp_path / "out")
-    assert imported.config == config
-    model.load_state_dict(dict(imported.tensors))
-    torch.testing.assert_close(
-        our_logits(model, tokens), forward_of_published(tmp_path / "out", tokens), rtol=1e-5, atol=1e-5
+
+def test_the_published_layout_is_imported(our_logits, tokens, tmp_path):
+    shapes = {"model.embed_tokens.weight": (97, 48), "model.norm.weight": (48,), "lm_head.weight": (97, 48)}
+    for layer in range(2):
+        for name, shape in PRE_NORM_LAYER.items():
+            rows = {"q_proj": 48, "k_proj": 16, "v_proj": 16}.get(name.split(".")[-2], shape[0])
+            columns = (48,) if "o_proj.weight" in name else shape[1:]
+            shapes[f"model.layers.{layer}.{name}"] = (rows, *columns)
+        shapes[f"model.layers.{layer}.self_attn.rotary_emb.inv_freq"] = (8,)
+    generator = torch.Generator().manual_seed(0)
+    save_file(
+        {name: (0.2 * torch.randn(shape, generator=generator)).bfloat16() for name, shape in shapes.items()},
+        tmp_path / "model.safetensors",
     )
+    (tmp_path / "config.json").write_text(json.dumps(PUBLISHED))
+    imported = import_(tmp_path)
+    assert (imported.config.norm_placement, imported.config.attention_bias) == ("pre", True)
+    assert (imported.config.head_dim, imported.config.rope_base) == (16, 1.6e7)
+    assert imported.tokenizer is None
+    model = Transformer(imported.config)
+    model.load_state_dict(dict(imported.tensors))
+    torch.testing.assert_close(our_logits(model, tokens), forward(tmp_path, tokens).float(), rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [
+        ("param_sink_number", 128),
+        ("interleaved_sliding_window", [128, 0]),
+        ("n_routed_experts", 64),
+        ("kv_lora_rank", 512),
+        ("num_nextn_predict_layers", 1),
+        ("is_causal", False),
+    ],
+)
+def test_features_of_the_larger_openpangu_models_are_refused(key, value, tmp_path):
+    (tmp_path / "config.json").write_text(json.dumps({**PUBLISHED, key: value}))
+    with pytest.raises(ConversionError, match=f"config.json asks for .*{key} = "):
+        import_(tmp_path)

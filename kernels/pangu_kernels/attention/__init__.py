@@ -1,22 +1,107 @@
+"""Causal attention inside packed documents of any length (Dao et al. 2022 for the kernels, GQA of Ainslie et al. 2023)."""
+
+from typing import Any
+
 import torch
 from torch import Tensor
+
+from pangu_kernels.attention import cpu, reference
+from pangu_kernels.checks import check_boundaries, check_operand, check_same_dtype, check_tensor
+from pangu_kernels.precision import accumulation_dtype
+from pangu_kernels.registration import define, implement
 
 
 def attention(
     q: Tensor, k: Tensor, v: Tensor, cu_seqlens_q: Tensor, cu_seqlens_k: Tensor, scale: float
 ) -> tuple[Tensor, Tensor]:
-    statistics_dtype = torch.promote_types(q.dtype, torch.float32)
-    group = q.shape[1] // k.shape[1]
-    outs, logsumexps = [], []
-    q_ends, k_ends = cu_seqlens_q.tolist(), cu_seqlens_k.tolist()
-    for i in range(len(q_ends) - 1):
-        qi = q[q_ends[i] : q_ends[i + 1]].transpose(0, 1).to(statistics_dtype)
-        ki = k[k_ends[i] : k_ends[i + 1]].repeat_interleave(group, 1).transpose(0, 1).to(statistics_dtype)
-        vi = v[k_ends[i] : k_ends[i + 1]].repeat_interleave(group, 1).transpose(0, 1).to(statistics_dtype)
-        tq, tk = qi.shape[1], ki.shape[1]
-        visible = torch.ones(tq, tk, dtype=torch.bool, device=q.device).tril(tk - tq)
-        scores = (qi @ ki.transpose(1, 2) * scale).masked_fill(~visible, float("-inf"))
-        logsumexp = scores.logsumexp(-1)
-        outs.append(((scores - logsumexp[..., None]).exp() @ vi).transpose(0, 1).to(q.dtype))
-        logsumexps.append(logsumexp.T.detach())
-    return torch.cat(outs), torch.cat(logsumexps)
+    """`softmax(scale * q k^T) v` of every query over the keys of its own document up to its own place.
+
+    q `[Tq, Hq, D]`, k and v `[Tk, Hkv, D]` with Hq a multiple of Hkv, contiguous in the last dimension. Document i is
+    rows `cu_seqlens[i]` to `cu_seqlens[i + 1]`, int32 `[N+1]` from 0 to T, always on the CPU. A document's last query
+    stands at its last key, so with Tq < Tk the same call serves decoding and chunked prefill with a cache; documents
+    without queries are allowed.
+
+    Returns out `[Tq, Hq, D]` and the logsumexp of the scaled scores `[Tq, Hq]`, fp32 (fp64 for fp64) and without
+    gradient.
+
+    Raises TypeError for wrong dtypes, ValueError for shapes, devices, strides or boundaries that do not fit.
+    """
+    _check(q, k, v, cu_seqlens_q, cu_seqlens_k)
+    if torch.is_grad_enabled():
+        return _Attention.apply(q, k, v, cu_seqlens_q, cu_seqlens_k, scale)
+    return _forward(q, k, v, cu_seqlens_q, cu_seqlens_k, scale)
+
+
+def _check(q: Tensor, k: Tensor, v: Tensor, cu_seqlens_q: Tensor, cu_seqlens_k: Tensor) -> None:
+    check_tensor("attention", "q", q, 3, contiguous=False)
+    check_tensor("attention", "k", k, 3, contiguous=False)
+    key_heads = k.shape[1]
+    if not key_heads or q.shape[1] % key_heads:
+        raise ValueError(f"attention: q's {q.shape[1]} heads must be a multiple of k's {key_heads}")
+    check_operand("attention", "k", k, (len(k), key_heads, q.shape[2]), q, contiguous=False)
+    check_operand("attention", "v", v, k.shape, q, contiguous=False)
+    check_same_dtype("attention", "k", k, q)
+    check_same_dtype("attention", "v", v, q)
+    check_boundaries("attention", "cu_seqlens_q", cu_seqlens_q)
+    if cu_seqlens_k is not cu_seqlens_q:
+        check_boundaries("attention", "cu_seqlens_k", cu_seqlens_k)
+        if cu_seqlens_k.shape != cu_seqlens_q.shape:
+            raise ValueError(
+                f"attention: cu_seqlens_k must hold as many documents as cu_seqlens_q, got {len(cu_seqlens_k) - 1} "
+                f"and {len(cu_seqlens_q) - 1}"
+            )
+
+
+class _Attention(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any, q: Tensor, k: Tensor, v: Tensor, cu_seqlens_q: Tensor, cu_seqlens_k: Tensor, scale: float
+    ) -> tuple[Tensor, Tensor]:
+        out, logsumexp = _forward(q, k, v, cu_seqlens_q, cu_seqlens_k, scale)
+        ctx.scale = scale
+        ctx.set_materialize_grads(False)
+        ctx.mark_non_differentiable(logsumexp)
+        ctx.save_for_backward(q, k, v, out, logsumexp, cu_seqlens_q, cu_seqlens_k)
+        return out, logsumexp
+
+    @staticmethod
+    def backward(ctx: Any, d_out: Tensor | None, d_logsumexp: None) -> tuple[Tensor | None, ...]:
+        if d_out is None:
+            return None, None, None, None, None, None
+        return *_backward(d_out.contiguous(), *ctx.saved_tensors, ctx.scale), None, None, None
+
+
+def _fake_forward(
+    q: Tensor, k: Tensor, v: Tensor, cu_seqlens_q: Tensor, cu_seqlens_k: Tensor, scale: float
+) -> tuple[Tensor, Tensor]:
+    return q.new_empty(q.shape), q.new_empty(q.shape[:2], dtype=accumulation_dtype(q.dtype))
+
+
+def _fake_backward(
+    d_out: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    out: Tensor,
+    logsumexp: Tensor,
+    cu_seqlens_q: Tensor,
+    cu_seqlens_k: Tensor,
+    scale: float,
+) -> tuple[Tensor, Tensor, Tensor]:
+    return q.new_empty(q.shape), k.new_empty(k.shape), v.new_empty(v.shape)
+
+
+_forward = define(
+    "attention(Tensor q, Tensor k, Tensor v, Tensor cu_seqlens_q, Tensor cu_seqlens_k, float scale)"
+    " -> (Tensor out, Tensor logsumexp)",
+    reference=reference.forward,
+    fake=_fake_forward,
+)
+_backward = define(
+    "attention_backward(Tensor d_out, Tensor q, Tensor k, Tensor v, Tensor out, Tensor logsumexp,"
+    " Tensor cu_seqlens_q, Tensor cu_seqlens_k, float scale) -> (Tensor d_q, Tensor d_k, Tensor d_v)",
+    reference=reference.backward,
+    fake=_fake_backward,
+)
+implement("attention", "cpu", cpu.forward)
+implement("attention_backward", "cpu", cpu.backward)

@@ -1,9 +1,58 @@
+"""RMSNorm (Zhang and Sennrich 2019, equation 4)."""
+
+from typing import Any
+
 import torch
 from torch import Tensor
 
+from pangu_kernels.checks import check_operand, check_tensor
+from pangu_kernels.precision import accumulation_dtype
+from pangu_kernels.registration import define
+from pangu_kernels.rms_norm import reference
+
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
-    statistics_dtype = torch.promote_types(x.dtype, torch.float32)
-    x32 = x.to(statistics_dtype)
-    rstd = torch.rsqrt(x32.square().mean(-1, keepdim=True) + eps)
-    return (x32 * rstd * weight).to(x.dtype)
+    """`x / sqrt(mean(x^2) + eps) * weight` over the last dimension.
+
+    x `[..., H]` and weight `[H]` in fp32, bf16, fp16 or fp64, not necessarily the same; the result is like x. The
+    statistics are fp32 (fp64 for fp64).
+
+    Raises TypeError for a dtype that is not floating point, ValueError for a shape, device or stride that does not fit.
+    """
+    check_tensor("rms_norm", "x", x)
+    check_operand("rms_norm", "weight", weight, x.shape[-1:], x)
+    if torch.is_grad_enabled():
+        return _RMSNorm.apply(x, weight, eps)
+    return _forward(x, weight, eps)[0]
+
+
+class _RMSNorm(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor, eps: float) -> Tensor:
+        y, rstd = _forward(x, weight, eps)
+        ctx.save_for_backward(x, weight, rstd)
+        return y
+
+    @staticmethod
+    def backward(ctx: Any, d_y: Tensor) -> tuple[Tensor | None, ...]:
+        return *_backward(d_y.contiguous(), *ctx.saved_tensors), None
+
+
+def _fake_forward(x: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+    return torch.empty_like(x), x.new_empty((*x.shape[:-1], 1), dtype=accumulation_dtype(x.dtype))
+
+
+def _fake_backward(d_y: Tensor, x: Tensor, weight: Tensor, rstd: Tensor) -> tuple[Tensor, Tensor]:
+    return torch.empty_like(x), torch.empty_like(weight)
+
+
+_forward = define(
+    "rms_norm(Tensor x, Tensor weight, float eps) -> (Tensor y, Tensor rstd)",
+    reference=reference.forward,
+    fake=_fake_forward,
+)
+_backward = define(
+    "rms_norm_backward(Tensor d_y, Tensor x, Tensor weight, Tensor rstd) -> (Tensor d_x, Tensor d_weight)",
+    reference=reference.backward,
+    fake=_fake_backward,
+)

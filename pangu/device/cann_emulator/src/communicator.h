@@ -2,10 +2,7 @@
 #pragma once
 
 #include <atomic>
-#include <condition_variable>
-#include <cstring>
 #include <memory>
-#include <mutex>
 #include <string>
 #include <vector>
 
@@ -13,7 +10,6 @@
 
 namespace emulator {
 
-constexpr Status kHcclInvalidParameter = 1;
 constexpr Status kHcclMismatch = 4;
 constexpr Status kHcclSystemCall = 8;
 constexpr Status kHcclTimeout = 9;
@@ -24,57 +20,47 @@ struct Segment;
 
 // What both ends of a transfer must agree on; it travels before the bytes.
 struct Call {
-  char name[24] = {};
-  std::uint32_t dtype = 0;
-  std::uint64_t sequence = 0;
-  std::uint64_t bytes = 0;
-
-  Call() = default;
-  Call(const char* name_, std::uint32_t dtype_) : dtype(dtype_) { std::strncpy(name, name_, sizeof(name) - 1); }
+  char name[24];
+  std::uint32_t dtype;
+  std::uint64_t bytes;
 };
 
-// A span of bytes on its way to or from one peer.
+// This process's end of a channel. Transfers over it run in the order of their tickets, which the host draws when it
+// issues them, whichever stream's thread gets there first.
+struct ChannelEnd {
+  Channel* channel = nullptr;
+  std::atomic<std::uint64_t> next_ticket{0};
+  std::atomic<std::uint64_t> current{0};
+};
+
+struct Span {
+  void* data;
+  std::size_t bytes;
+};
+
+// A span of bytes on its way to a peer, or from it.
 class Transfer {
  public:
-  Transfer(bool sending, std::uint32_t peer, Channel* channel, const Call& call, void* data, std::size_t bytes);
+  Transfer(bool sending, std::uint32_t peer, ChannelEnd* end, const Call& call, void* data);
 
-  // Moves what can be moved without waiting. Sets `moved`, and `mismatch` if the peer makes another call.
-  void step(bool& moved, std::string& mismatch);
+  // Moves what can be moved without waiting. Returns whether anything moved; says so if the peer makes another call.
+  bool step(std::string& mismatch);
 
   bool finished() const { return done_ == sizeof(Call) + call_.bytes; }
 
   const bool sending;
   const std::uint32_t peer;
-  Channel* const channel;
 
  private:
+  ChannelEnd* end_;
+  std::uint64_t ticket_;
   Call call_;
   Call received_;
   char* data_;
   std::size_t done_ = 0;
 };
 
-// Keeps operations in the order in which the host issued them, whichever stream's thread reaches its turn first.
-class Turnstile {
- public:
-  std::uint64_t issue();
-  void wait(std::uint64_t ticket);
-  void leave();
-
- private:
-  std::mutex mutex_;
-  std::condition_variable changed_;
-  std::uint64_t issued_ = 0;
-  std::uint64_t current_ = 0;
-};
-
-struct Message {
-  bool sending;
-  std::uint32_t peer;
-  void* data;
-  std::size_t bytes;
-  Call call;
-};
+using Transfers = std::vector<Transfer>;
 
 class Communicator {
  public:
@@ -83,16 +69,17 @@ class Communicator {
                      Communicator** communicator);
   ~Communicator();
 
-  // Sends outgoing[r], of outgoing_bytes[r], to every rank r while receiving incoming[r] from it.
-  Status exchange(Call call, const std::vector<const char*>& outgoing, const std::vector<std::size_t>& outgoing_bytes,
-                  const std::vector<char*>& incoming, const std::vector<std::size_t>& incoming_bytes);
+  // Plans, for every rank r but this one, to send outgoing[r] to it and to receive incoming[r] from it.
+  Transfers plan_exchange(const char* name, std::uint32_t dtype, const std::vector<Span>& outgoing,
+                          const std::vector<Span>& incoming);
+  Transfer plan_message(const char* name, std::uint32_t dtype, bool sending, std::uint32_t peer, Span span);
 
-  // Sends and receives, those with the same peer in the given order. With synchronous streams a send returns before
-  // its receive is called, as on a device, by keeping a copy.
-  Status send_and_receive(const std::vector<Message>& messages);
+  // Carries out what was planned. All transfers advance together, so full channels cannot make ranks wait in a circle.
+  Status run(const char* name, Transfers& transfers);
 
-  Turnstile& collectives() { return collectives_; }
-  Turnstile& messages(bool sending, std::uint32_t peer) { return messages_[2 * peer + (sending ? 1 : 0)]; }
+  // Carries out a send from a copy of its data, which is kept until then, without waiting for the receiver.
+  void run_in_background(const char* name, Transfer send, std::shared_ptr<std::string> data);
+
   Status status() const { return broken_; }
 
   const std::uint32_t size;
@@ -101,23 +88,22 @@ class Communicator {
   const std::string name;
 
  private:
-  Communicator(std::uint32_t size, std::uint32_t rank, std::string id, std::string name);
+  enum class Purpose { kCollectives, kMessages };
+
+  Communicator(std::uint32_t size, std::uint32_t rank, const std::string& id, const std::string& name);
   Status attach();
-  Status wait_for_ranks(double deadline);
-  Channel* channel(bool collective, std::uint32_t source, std::uint32_t destination) const;
-  Status run(const char* name, std::vector<Transfer>& transfers);
-  bool step_all(std::vector<Transfer>& transfers, bool& moved, std::string& mismatch);
-  Status break_down(Status status, const std::string& message);
-  void send_in_background(const Message& message, std::uint64_t ticket);
+  ChannelEnd* end(Purpose purpose, bool sending, std::uint32_t peer);
+  Status give_up(Status status, const std::string& message);
 
   Segment* segment_ = nullptr;
   std::size_t segment_bytes_ = 0;
-  std::size_t channel_bytes_ = 0;
-  Turnstile collectives_;
-  std::unique_ptr<Turnstile[]> messages_;
-  std::uint64_t collective_sequence_ = 0;
+  std::unique_ptr<ChannelEnd[]> ends_;
   std::atomic<int> background_sends_{0};
   std::atomic<Status> broken_{kSuccess};
 };
+
+// HCCL's own time-outs in seconds, from the variables that HCCL reads.
+double connect_timeout();
+double execution_timeout();
 
 }  // namespace emulator

@@ -46,11 +46,8 @@ EMULATOR_EXPORT void record_call(const char* kind, const char* name);
 // first failure is returned by the next synchronization.
 EMULATOR_EXPORT Status enqueue(void* stream, std::function<Status()> task);
 
-// True while operator host code runs whose outputs the emulator computes itself (see cpu_fallback.cpp, fused_ops.py),
-// so that reaching an aclnn or aclop function that has no numerics is expected.
-EMULATOR_EXPORT bool outputs_are_computed_elsewhere();
-
-// What an operator without numerics returns: success, leaving its outputs' memory as it is, or in strict mode an error.
+// What an operator function without numerics returns: success, leaving the memory of its outputs as it is, or an error
+// in strict mode, unless it is called by host code whose outputs the emulator computes (see cpu_fallback.cpp).
 EMULATOR_EXPORT Status without_numerics(const char* name);
 
 }  // namespace emulator

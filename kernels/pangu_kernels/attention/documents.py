@@ -1,0 +1,47 @@
+"""Where packed documents lie: the host side of every attention kernel."""
+
+from itertools import pairwise
+from typing import NamedTuple
+
+from torch import Tensor
+
+from pangu_kernels.checks import document_bounds
+
+
+class Documents(NamedTuple):
+    """A run of `count` adjacent documents of `q_length` queries and `k_length` keys each."""
+
+    count: int
+    q_start: int
+    q_length: int
+    k_start: int
+    k_length: int
+
+    def queries(self, x: Tensor) -> Tensor:
+        """Their rows of `[Tq, heads, D]` as `[count, heads, q_length, D]`, a view."""
+        rows = x.narrow(0, self.q_start, self.count * self.q_length)
+        return rows.unflatten(0, (self.count, self.q_length)).transpose(1, 2)
+
+    def keys(self, x: Tensor) -> Tensor:
+        """Their rows of `[Tk, heads, D]` as `[count, heads, k_length, D]`, a view."""
+        rows = x.narrow(0, self.k_start, self.count * self.k_length)
+        return rows.unflatten(0, (self.count, self.k_length)).transpose(1, 2)
+
+
+def documents(cu_seqlens_q: Tensor, cu_seqlens_k: Tensor, q: Tensor, k: Tensor) -> list[Documents]:
+    """The documents as runs of equal lengths, so that one batched call does a run; ValueError for impossible bounds."""
+    q_bounds = document_bounds("attention", "cu_seqlens_q", cu_seqlens_q, len(q))
+    k_bounds = document_bounds("attention", "cu_seqlens_k", cu_seqlens_k, len(k))
+    runs: list[Documents] = []
+    for (q_start, q_stop), (k_start, k_stop) in zip(pairwise(q_bounds), pairwise(k_bounds), strict=True):
+        q_length, k_length = q_stop - q_start, k_stop - k_start
+        if q_length > k_length:
+            raise ValueError(
+                f"attention: a document may not have more queries than keys, got {q_length} and {k_length} "
+                f"from row {q_start} of q on"
+            )
+        if runs and (q_length, k_length) == (runs[-1].q_length, runs[-1].k_length):
+            runs[-1] = runs[-1]._replace(count=runs[-1].count + 1)
+        else:
+            runs.append(Documents(1, q_start, q_length, k_start, k_length))
+    return runs

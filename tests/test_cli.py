@@ -1,0 +1,136 @@
+"""What a user meets at the command line: one clear message, exit code 2, no traceback, nothing half-written."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from pangu.cli import main
+
+
+def run(capsys: pytest.CaptureFixture[str], *arguments: str) -> tuple[int, str, str]:
+    code = main(arguments)
+    captured = capsys.readouterr()
+    return code, captured.out, captured.err
+
+
+def refuse(capsys: pytest.CaptureFixture[str], *arguments: str) -> str:
+    """The one message of a command that must fail."""
+    code, _, err = run(capsys, *arguments)
+    assert code == 2
+    assert err.startswith("pangu: ")
+    assert "Traceback" not in err
+    return err
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        [],
+        ["train"],
+        ["plot"],
+        ["generate"],
+        ["export"],
+        ["import"],
+        ["tokenizer"],
+        ["tokenizer", "train"],
+        ["data"],
+        ["data", "sample"],
+        ["data", "build"],
+        ["data", "inspect"],
+        ["config"],
+        ["config", "show"],
+    ],
+)
+def test_every_command_has_help(words: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as stopped:
+        main([*words, "--help"])
+    assert stopped.value.code == 0
+    assert "usage: pangu" in capsys.readouterr().out
+
+
+def test_config_show_prints_the_resolved_tree(capsys: pytest.CaptureFixture[str]) -> None:
+    code, out, _ = run(capsys, "config", "show", "debug", "--train.steps", "7")
+    assert code == 0
+    assert "\nsteps = 7\n" in out
+    assert "# Optimizer steps of the whole run." in out
+
+
+def test_train_plot_and_refusals(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    folder = tmp_path / "run"
+    steps = ("--train.steps", "3")
+    assert run(capsys, "train", "debug", "--output", str(folder), *steps)[0] == 0
+    code, out, _ = run(capsys, "plot", str(folder), "--output", str(tmp_path / "plots"))
+    assert code == 0
+    pictures = [Path(line) for line in out.splitlines()]
+    assert pictures
+    assert all(path.read_bytes().startswith(b"\x89PNG") for path in pictures)
+    assert "--resume" in refuse(capsys, "train", "debug", "--output", str(folder), *steps)
+    assert run(capsys, "train", "debug", "--output", str(folder), "--resume", *steps)[0] == 0
+    assert "tokenizer" in refuse(capsys, "generate", str(folder), "--prompt", "x")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (("train", "debgu"), ("debgu", "did you mean 'debug'")),
+        (("train", "debug", "--train.stepz", "3"), ("train.stepz", "did you mean 'steps'")),
+        (("train", "debug", "--train.device", "npu"), ("npu", "install")),
+        (("train", "debug", "--data.synthetic", "false"), ("data.domains",)),
+        (("generate", "missing", "--prompt", "x"), ("missing", "pangu train")),
+        (("export", "missing", "--output", "out"), ("missing", "pangu train")),
+        (("plot", "missing"), ("missing",)),
+        (("import", "missing", "--output", "out"), ("missing",)),
+        (("data", "build", "missing.txt", "--output", "out", "--tokenizer", "t", "--domain", "d"), ("missing.txt",)),
+        (("data", "inspect", "missing"), ("missing.idx",)),
+        (("tokenizer", "train", "--domain", "english", "--vocab-size", "9", "--output", "t"), ("NAME=PATH",)),
+        (("tokenizer", "train", "--domain", "a=missing.txt", "--vocab-size", "999", "--output", "t"), ("missing.txt",)),
+    ],
+)
+def test_mistakes_have_one_message(
+    arguments: tuple[str, ...],
+    words: tuple[str, ...],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    err = refuse(capsys, *arguments)
+    assert all(word in err for word in words), err
+    assert not list(tmp_path.iterdir()), "something was written"
+
+
+def test_debug_shows_the_traceback(capsys: pytest.CaptureFixture[str]) -> None:
+    code, _, err = run(capsys, "--debug", "train", "debgu")
+    assert code == 2
+    assert "Traceback" in err
+
+
+def test_a_dataset_of_another_tokenizer_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    corpus = tmp_path / "corpus.txt"
+    corpus.write_text("\n".join(f"line {number} of a small corpus, {number * 7}" for number in range(3000)))
+    for name in ("first", "second"):
+        domains = ["--domain", f"english={corpus}"]
+        size = {"first": "400", "second": "420"}[name]
+        assert (
+            run(capsys, "tokenizer", "train", *domains, "--vocab-size", size, "--output", str(tmp_path / name))[0] == 0
+        )
+    first, second = (str(tmp_path / name / "tokenizer.model") for name in ("first", "second"))
+    data = str(tmp_path / "data")
+    build = ("data", "build", str(corpus), "--output", data, "--tokenizer", first, "--domain", "english")
+    assert run(capsys, *build)[0] == 0
+    err = refuse(
+        capsys,
+        *("train", "debug", "--output", str(tmp_path / "run"), "--data.synthetic", "false"),
+        *("--data.domains.english.paths", f'["{data}"]', "--data.tokenizer", second),
+    )
+    assert "tokenizer" in err
+    assert not (tmp_path / "run").exists()
+
+
+def test_python_dash_m_pangu() -> None:
+    done = subprocess.run([sys.executable, "-m", "pangu", "train", "debgu"], capture_output=True, text=True)
+    assert done.returncode == 2
+    assert done.stdout == ""
+    assert "did you mean 'debug'" in done.stderr
