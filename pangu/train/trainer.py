@@ -161,6 +161,7 @@ class Trainer:
                     log.write("validation", self.counters.step, losses=self.validate(position))
                 if self._reached(self.config.checkpoint.interval) or last or received:
                     self.save()
+                self.checkpointer.check()
                 self._stop_if_stuck()
                 if received:
                     break

@@ -7,12 +7,13 @@ own operators, from plain PyTorch (`fused_ops.py`). Speed and rounding are those
 them is not shown.
 """
 
+import contextlib
 import ctypes
+import io
 import os
 import sys
 import warnings
 from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
@@ -52,7 +53,7 @@ class Emulator:
         self.config = config
         self._runtime = runtime
 
-    @contextmanager
+    @contextlib.contextmanager
     def record(self) -> Iterator[list[Call]]:
         """Collects the CANN calls made inside; the list is filled when the block ends.
 
@@ -121,7 +122,7 @@ def install(
     return _installed
 
 
-@contextmanager
+@contextlib.contextmanager
 def emulated_npu(
     soc: str = "Ascend910B2",
     num_devices: int = 8,
@@ -151,8 +152,8 @@ def _import_torch_npu(cpu_fallback: Path) -> None:
     os.environ["TORCH_DEVICE_BACKEND_AUTOLOAD"] = "0"  # for processes that this one starts, which install again
     import torch
 
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # about the missing parts of CANN
+    with warnings.catch_warnings(), contextlib.redirect_stdout(io.StringIO()):  # about missing parts of CANN
+        warnings.simplefilter("ignore")
         import torch_npu  # noqa: F401
     torch.ops.load_library(str(cpu_fallback))
     torch.ops.cann_emulator.replace_kernels()

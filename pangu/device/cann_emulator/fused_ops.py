@@ -18,6 +18,8 @@ from torch import Tensor
 UNLIMITED = 2**31 - 1  # pre_tokens and next_tokens of a band without edges
 MASK_TEMPLATE = (2048, 2048)  # of the sparse modes that build their mask themselves
 
+Ends = Sequence[int] | Tensor | None  # where each sequence ends, cumulatively
+
 # Arguments that choose how, and not what, a device computes.
 _WITHOUT_EFFECT = {"inner_precise", "gen_mask_parallel", "sync", "seed", "offset", "numels", "comm_turn", "softmax_in"}
 
@@ -179,22 +181,280 @@ def fusion_attention(
     scale: float = 1.0,
     pre_tockens: int = UNLIMITED,
     next_tockens: int = UNLIMITED,
-    actual_seq_qlen: Sequence[int] | None = None,
-    actual_seq_kvlen: Sequence[int] | None = None,
+    actual_seq_qlen: Ends = None,
+    actual_seq_kvlen: Ends = None,
     sparse_mode: int = 0,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Returns the output and, repeated 8 times along a last dimension, each row's largest score and sum of exps."""
-    layout = _Layout(input_layout, head_num, query, key, value, actual_seq_qlen, actual_seq_kvlen)
-    output = torch.empty(query.shape[:-1] + (layout.output_width(),), dtype=torch.float32)
-    statistics = layout.statistics_shape()
-    maximum, total = torch.empty(statistics), torch.empty(statistics)
-    for rows in layout.sequences():
-        q, k, v = rows.query(query), rows.key(key), rows.key(value)
-        scores = _scores(q, k, scale, rows.masked(atten_mask, sparse_mode, pre_tockens, next_tockens))
+    """Returns the output and, each repeated 8 times in a last dimension, every row's largest score and sum of exps."""
+    head_dim = query.shape[-1] // (head_num if input_layout in ("BSH", "SBH") else 1)
+    q = _sequences(query, input_layout, head_dim, actual_seq_qlen)
+    k = _sequences(key, input_layout, head_dim, actual_seq_kvlen)
+    v = _sequences(value, input_layout, head_dim, actual_seq_kvlen)
+    output = torch.empty(query.shape)
+    maximum, total = _statistics(query, input_layout, head_dim), _statistics(query, input_layout, head_dim)
+    statistics_layout = "TND" if input_layout == "TND" else "BNSD"
+    outputs = _sequences(output, input_layout, head_dim, actual_seq_qlen)
+    maxima = _sequences(maximum, statistics_layout, 8, actual_seq_qlen)
+    totals = _sequences(total, statistics_layout, 8, actual_seq_qlen)
+    for i in range(len(q)):
+        masked = _masked(q[i].shape[1], k[i].shape[1], atten_mask, sparse_mode, pre_tockens, next_tockens)
+        scores = _scores(q[i], k[i], scale, masked)
         row_maximum = scores.amax(-1, keepdim=True)
         exps = (scores - row_maximum).exp()
         row_total = exps.sum(-1, keepdim=True)
-        rows.query(output).copy_(_to_query_heads(v, q).mul(1) if False else (exps / row_total) @ _repeat(v, q))
-        rows.statistics(maximum).copy_(row_maximum.expand(-1, -1, 8))
-        rows.statistics(total).copy_(row_total.expand(-1, -1, 8))
+        outputs[i].copy_((exps / row_total) @ _for_query_heads(v[i], q[i]))
+        maxima[i].copy_(row_maximum.expand_as(maxima[i]))
+        totals[i].copy_(row_total.expand_as(totals[i]))
     return output, maximum, total
+
+
+def fusion_attention_grad(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    dy: Tensor,
+    head_num: int,
+    input_layout: str,
+    softmax_max: Tensor,
+    softmax_sum: Tensor,
+    attention_in: Tensor,
+    atten_mask: Tensor | None = None,
+    scale_value: float = 1.0,
+    pre_tockens: int = UNLIMITED,
+    next_tockens: int = UNLIMITED,
+    actual_seq_qlen: Ends = None,
+    actual_seq_kvlen: Ends = None,
+    sparse_mode: int = 0,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """From the saved statistics, not recomputed ones, so that ring attention may pass those over all keys."""
+    head_dim = query.shape[-1] // (head_num if input_layout in ("BSH", "SBH") else 1)
+    grads = [torch.zeros(tensor.shape) for tensor in (query, key, value)]
+    q, dq, grad, output = (
+        _sequences(tensor, input_layout, head_dim, actual_seq_qlen) for tensor in (query, grads[0], dy, attention_in)
+    )
+    k, v, dk, dv = (
+        _sequences(tensor, input_layout, head_dim, actual_seq_kvlen) for tensor in (key, value, grads[1], grads[2])
+    )
+    statistics_layout = "TND" if input_layout == "TND" else "BNSD"
+    maxima, totals = (
+        _sequences(tensor, statistics_layout, 8, actual_seq_qlen) for tensor in (softmax_max, softmax_sum)
+    )
+    for i in range(len(q)):
+        masked = _masked(q[i].shape[1], k[i].shape[1], atten_mask, sparse_mode, pre_tockens, next_tockens)
+        scores = _scores(q[i], k[i], scale_value, masked)
+        probabilities = (scores - maxima[i][..., :1]).exp() / totals[i][..., :1]  # [heads, q, kv]
+        g = grad[i].float()
+        grad_probabilities = g @ _for_query_heads(v[i], q[i]).transpose(1, 2)
+        row_dot = (g * output[i].float()).sum(-1, keepdim=True)
+        grad_scores = probabilities * (grad_probabilities - row_dot) * scale_value
+        dq[i].copy_(grad_scores @ _for_query_heads(k[i], q[i]))
+        dk[i].copy_(_sum_over_query_heads(grad_scores.transpose(1, 2) @ q[i].float(), k[i]))
+        dv[i].copy_(_sum_over_query_heads(probabilities.transpose(1, 2) @ g, v[i]))
+    return grads[0], grads[1], grads[2]
+
+
+def ring_attention_update(
+    prev_attn_out: Tensor,
+    prev_softmax_max: Tensor,
+    prev_softmax_sum: Tensor,
+    cur_attn_out: Tensor,
+    cur_softmax_max: Tensor,
+    cur_softmax_sum: Tensor,
+    actual_seq_qlen: Tensor | None = None,
+    input_layout: str = "SBH",
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Merges attention over two sets of keys. The statistics repeat one number 8 times; TND only."""
+    if input_layout != "TND":
+        raise NotImplementedError(f"npu_ring_attention_update: no numerics for input_layout {input_layout!r}")
+    maximum = torch.maximum(prev_softmax_max, cur_softmax_max)
+    previous = prev_softmax_sum * (prev_softmax_max - maximum).exp()
+    current = cur_softmax_sum * (cur_softmax_max - maximum).exp()
+    total = previous + current
+    output = prev_attn_out.float() * (previous / total)[..., :1] + cur_attn_out.float() * (current / total)[..., :1]
+    return output, maximum, total
+
+
+def _sequences(tensor: Tensor, layout: str, head_dim: int, ends: Ends) -> list[Tensor]:
+    """A view [heads, length, head_dim] of every sequence in the batch."""
+    if layout == "TND":
+        stops = [int(end) for end in ends] if ends is not None else []
+        _require(stops[-1:] == [tensor.shape[0]], f"TND: the last of actual_seq_len, {stops}, is not {tensor.shape[0]}")
+        starts = [0, *stops[:-1]]
+        return [tensor[start:stop].transpose(0, 1) for start, stop in zip(starts, stops, strict=True)]
+    if layout in ("BSH", "SBH"):
+        tensor = tensor.unflatten(-1, (-1, head_dim))
+    order = {"BSH": (0, 2, 1, 3), "SBH": (1, 2, 0, 3), "BSND": (0, 2, 1, 3), "BNSD": (0, 1, 2, 3)}[layout]
+    return list(tensor.permute(order).unbind())
+
+
+def _statistics(query: Tensor, layout: str, head_dim: int) -> Tensor:
+    if layout == "TND":
+        return torch.empty(*query.shape[:2], 8)
+    first = _sequences(query, layout, head_dim, None)
+    return torch.empty(len(first), *first[0].shape[:2], 8)
+
+
+def _masked(
+    rows: int, columns: int, atten_mask: Tensor | None, sparse_mode: int, pre_tokens: int, next_tokens: int
+) -> Tensor | None:
+    """True where a query may not see a key. Without a mask, sparse_mode and the band are ignored, as documented."""
+    if atten_mask is None:
+        return None
+    distance = torch.arange(columns) - torch.arange(rows)[:, None]  # how far the key lies after the query
+    if sparse_mode in (0, 1):
+        _require(atten_mask.dim() == 2, "fusion_attention: the emulator takes only 2-D masks")
+        masked = atten_mask[:rows, :columns].bool()
+        return masked | (distance > next_tokens) | (distance < -pre_tokens) if sparse_mode == 0 else masked
+    _require(tuple(atten_mask.shape) == MASK_TEMPLATE, f"fusion_attention: sparse_mode needs a mask of {MASK_TEMPLATE}")
+    if sparse_mode == 2:
+        return distance > 0
+    distance = distance - (columns - rows)  # the last query is aligned with the last key
+    if sparse_mode == 3:
+        return distance > 0
+    if sparse_mode == 4:
+        return (distance > next_tokens) | (distance < -pre_tokens)
+    raise NotImplementedError(f"npu_fusion_attention: no numerics for sparse_mode {sparse_mode}")
+
+
+def _scores(q: Tensor, k: Tensor, scale: float, masked: Tensor | None) -> Tensor:
+    scores = q.float() @ _for_query_heads(k, q).transpose(1, 2) * scale
+    return scores if masked is None else scores.masked_fill(masked, -torch.inf)
+
+
+def _for_query_heads(kv: Tensor, q: Tensor) -> Tensor:
+    _require(q.shape[0] % kv.shape[0] == 0, "fusion_attention: query heads are no multiple of key heads")
+    return kv.float().repeat_interleave(q.shape[0] // kv.shape[0], 0)
+
+
+def _sum_over_query_heads(grad: Tensor, kv: Tensor) -> Tensor:
+    return grad.unflatten(0, (kv.shape[0], -1)).sum(1)
+
+
+# ---- loss and optimizer
+
+
+def cross_entropy_loss(
+    input: Tensor, target: Tensor, reduction: str = "mean", ignore_index: int = -100
+) -> tuple[Tensor, Tensor]:
+    log_prob = F.log_softmax(input.float(), -1)
+    loss = F.nll_loss(log_prob, target.long(), reduction=reduction, ignore_index=ignore_index)
+    return loss, log_prob
+
+
+def cross_entropy_loss_backward(
+    grad_loss: Tensor, log_prob: Tensor, target: Tensor, reduction: str = "mean", ignore_index: int = -100
+) -> Tensor:
+    counted = target != ignore_index
+    grad = log_prob.float().exp()
+    grad -= F.one_hot(target.long().clamp(min=0), log_prob.shape[-1])
+    if reduction == "mean":
+        grad /= counted.sum()
+    return grad * (counted * grad_loss.float())[:, None]
+
+
+def apply_adam_w(
+    beta1_power: float,
+    beta2_power: float,
+    lr: float,
+    weight_decay: float,
+    beta1: float,
+    beta2: float,
+    epsilon: float,
+    grad: Tensor,
+    out: Sequence[Tensor],
+    amsgrad: bool | None = None,
+    maximize: bool | None = None,
+) -> None:
+    """The powers are those of the step before: beta ** (step - 1)."""
+    if amsgrad:
+        raise NotImplementedError("npu_apply_adam_w: no numerics for amsgrad")
+    parameter, exp_avg, exp_avg_sq = out
+    g = -grad.float() if maximize else grad.float()
+    exp_avg.copy_(beta1 * exp_avg.float() + (1 - beta1) * g)
+    exp_avg_sq.copy_(beta2 * exp_avg_sq.float() + (1 - beta2) * g.square())
+    mean = exp_avg.float() / (1 - beta1_power * beta1)
+    deviation = (exp_avg_sq.float() / (1 - beta2_power * beta2)).sqrt()
+    parameter.copy_(parameter.float() * (1 - lr * weight_decay) - lr * mean / (deviation + epsilon))
+
+
+OPERATORS: dict[str, Callable[..., Any]] = {
+    "npu_rms_norm": rms_norm,
+    "npu_rms_norm_backward": rms_norm_backward,
+    "npu_add_rms_norm": add_rms_norm,
+    "npu_swiglu": swiglu,
+    "npu_swiglu_backward": swiglu_backward,
+    "npu_rotary_mul": rotary_mul,
+    "npu_rotary_mul_backward": rotary_mul_backward,
+    "npu_fusion_attention": fusion_attention,
+    "npu_fusion_attention_grad": fusion_attention_grad,
+    "npu_fusion_attention_v3": fusion_attention,
+    "npu_fusion_attention_grad_v3": fusion_attention_grad,
+    "npu_ring_attention_update": ring_attention_update,
+    "npu_cross_entropy_loss": cross_entropy_loss,
+    "npu_cross_entropy_loss_backward": cross_entropy_loss_backward,
+    "npu_apply_adam_w.out": apply_adam_w,
+}
+
+
+# ---- MC2: a matmul that communicates by itself
+
+
+class CommunicatingMatmuls:
+    """The operators of MC2. They get the name of a communicator and use the emulated HCCL directly, as CANN does."""
+
+    def __init__(self, hccl: ctypes.CDLL, runtime: ctypes.CDLL) -> None:
+        hccl.emulator_all_gather.argtypes = [ctypes.c_char_p, *[ctypes.c_void_p] * 2, ctypes.c_uint64, ctypes.c_void_p]
+        runtime.aclGetRecentErrMsg.restype = ctypes.c_char_p
+        self._hccl = hccl
+        self._runtime = runtime
+
+    def operators(self) -> dict[str, Callable[..., Any]]:
+        return {
+            "npu_all_gather_base_mm": self.all_gather_base_mm,
+            "npu_mm_reduce_scatter_base": self.mm_reduce_scatter_base,
+            "npu_mm_all_reduce_base": self.mm_all_reduce_base,
+        }
+
+    def all_gather_base_mm(
+        self, input: Tensor, x2: Tensor, hcom: str, world_size: int, gather_output: bool = True
+    ) -> tuple[Tensor, Tensor | None]:
+        self._check("all_gather_base_mm", input, x2, hcom, world_size)
+        gathered = self._all_gather(input, hcom).flatten(0, 1)
+        return gathered.float() @ x2.float(), gathered if gather_output else None
+
+    def mm_reduce_scatter_base(self, input: Tensor, x2: Tensor, hcom: str, world_size: int) -> Tensor:
+        self._check("mm_reduce_scatter_base", input, x2, hcom, world_size)
+        _require(input.shape[0] % world_size == 0, f"mm_reduce_scatter_base: {input.shape[0]} rows do not divide")
+        return self._sum(input, x2, hcom).unflatten(0, (world_size, -1))[self._rank(hcom)]
+
+    def mm_all_reduce_base(self, x1: Tensor, x2: Tensor, hcom: str) -> Tensor:
+        return self._sum(x1.flatten(0, -2), x2, hcom).unflatten(0, x1.shape[:-1])
+
+    def _sum(self, x1: Tensor, x2: Tensor, hcom: str) -> Tensor:
+        """The product, in its own dtype on each rank and summed over them in fp32."""
+        product = (x1.float() @ x2.float()).to(x1.dtype)
+        return self._all_gather(product, hcom).float().sum(0)
+
+    def _all_gather(self, tensor: Tensor, hcom: str) -> Tensor:
+        tensor = tensor.contiguous()
+        gathered = tensor.new_empty(self._size(hcom), *tensor.shape)
+        stream = torch.npu.current_stream()
+        status = self._hccl.emulator_all_gather(
+            hcom.encode(), tensor.data_ptr(), gathered.data_ptr(), tensor.nbytes, stream.npu_stream
+        )
+        if status != 0:
+            raise RuntimeError(self._runtime.aclGetRecentErrMsg().decode())
+        stream.synchronize()
+        return gathered
+
+    def _size(self, hcom: str) -> int:
+        return self._hccl.emulator_communicator_size(hcom.encode())
+
+    def _rank(self, hcom: str) -> int:
+        return self._hccl.emulator_communicator_rank(hcom.encode())
+
+    def _check(self, name: str, input: Tensor, x2: Tensor, hcom: str, world_size: int) -> None:
+        _require(self._size(hcom) == world_size, f"{name}: communicator {hcom!r} has not {world_size} ranks")
+        _require(input.dtype in (torch.float16, torch.bfloat16), f"{name}: dtype {input.dtype}, not fp16 or bf16")
+        _require(256 <= input.shape[1] < 65535, f"{name}: k = {input.shape[1]} is not in [256, 65535)")
+        _require(input.is_contiguous(), f"{name}: the first matrix is transposed")

@@ -181,6 +181,11 @@ CANN_API std::uint32_t emulator_communicator_size(const char* name) {
   return communicator == nullptr ? 0 : communicator->size;
 }
 
+CANN_API std::uint32_t emulator_communicator_rank(const char* name) {
+  Communicator* communicator = find_communicator(name);
+  return communicator == nullptr ? 0 : communicator->rank;
+}
+
 CANN_API Status emulator_all_gather(const char* name, const void* input, void* result, std::uint64_t bytes,
                                     void* stream) {
   Communicator* communicator = find_communicator(name);
