@@ -251,7 +251,8 @@ def main() -> None:
         return
     rows: list[dict[str, Any]] = []
     print(
-        f"{'case':<18}{'threads':>8}{'pangu tok/s':>13}{'plain':>9}{'transformers':>14}{'/plain':>8}{'/tf':>7}{'matmuls':>9}"
+        f"{'case':<18}{'threads':>8}{'pangu tok/s':>13}{'plain':>9}{'transformers':>14}"
+        f"{'/plain':>8}{'/tf':>7}{'matmuls':>9}"
     )
     for name in options.case:
         case = CASES[name]

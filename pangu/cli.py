@@ -49,7 +49,7 @@ def _add_train(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") 
     command = commands.add_parser(
         "train",
         help="pre-train a model",
-        description="Train CONFIG into RUN. Any field is overridden by --section.field value, phases by --phases.0.field.",
+        description="Train CONFIG into RUN. --section.field value overrides any field of it, --phases.0.field a phase's.",
     )
     command.add_argument("config", metavar="CONFIG", help="a TOML file, or the name of one in configs/")
     command.add_argument("--output", metavar="RUN", type=Path, help="folder of the run (default: runs/CONFIG)")
@@ -191,13 +191,25 @@ def _add_tokenizer(commands: "argparse._SubParsersAction[argparse.ArgumentParser
     )
     command.add_argument("--vocab-size", type=int, required=True)
     command.add_argument("--output", metavar="FOLDER", type=Path, required=True)
+    command.add_argument(
+        "--weight", metavar="NAME=SHARE", action="append", default=[], help="a domain's share of pieces"
+    )
+    command.add_argument("--sample-bytes", type=int, help="text learned from, per domain (default: 256 per piece)")
+    command.add_argument("--text-field", default="text", help="JSONL field that holds the text")
     command.set_defaults(run=_tokenizer_train)
 
 
 def _tokenizer_train(options: argparse.Namespace) -> None:
     from pangu.tokenizer import train
 
-    train(_domains(options.domain), options.vocab_size, options.output)
+    train(
+        _domains(options.domain),
+        options.vocab_size,
+        options.output,
+        weights=_weights(options.weight) or None,
+        sample_bytes=options.sample_bytes,
+        text_field=options.text_field,
+    )
 
 
 def _domains(arguments: Sequence[str]) -> dict[str, list[str]]:
@@ -208,6 +220,13 @@ def _domains(arguments: Sequence[str]) -> dict[str, list[str]]:
             raise ConfigError(f"--domain {argument!r}: expected NAME=PATH, or NAME=PATH,PATH")
         domains.setdefault(name, []).extend(paths.split(","))
     return domains
+
+
+def _weights(arguments: Sequence[str]) -> dict[str, float]:
+    try:
+        return {name: float(share) for name, share in (argument.split("=") for argument in arguments)}
+    except ValueError:
+        raise ConfigError(f"--weight {' '.join(arguments)!r}: expected NAME=NUMBER") from None
 
 
 def _add_data(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
@@ -225,13 +244,14 @@ def _add_data(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -
     build.add_argument("--output", metavar="PREFIX", required=True, help="PREFIX.bin, PREFIX.idx and PREFIX.json")
     build.add_argument("--tokenizer", metavar="MODEL", required=True)
     build.add_argument("--domain", required=True)
-    build.add_argument("--workers", type=int, default=1)
+    build.add_argument("--workers", type=int, help="processes (default: one per core)")
     build.add_argument("--shuffle-seed", type=int, help="shuffle the documents")
     build.add_argument("--sort-by", metavar="FIELD", help="order the documents by a numeric JSONL field, rising")
     build.add_argument(
         "--validation-fraction", type=float, default=0.0, help="share of documents for PREFIX.validation"
     )
     build.add_argument("--text-field", default="text", help="JSONL field that holds the text")
+    build.add_argument("--split-lines", action="store_true", help="every line of a text file is a document")
     build.set_defaults(run=_data_build)
 
     look = group.add_parser("inspect", help="what a tokenized dataset holds")
@@ -260,6 +280,7 @@ def _data_build(options: argparse.Namespace) -> None:
         sort_by=options.sort_by,
         validation_fraction=options.validation_fraction,
         text_field=options.text_field,
+        split_lines=options.split_lines,
     )
 
 

@@ -376,7 +376,7 @@ def parse_overrides(arguments: Sequence[str]) -> Iterator[tuple[str, str]]:
             if following is None:
                 raise ConfigError(f"--{dotted} needs a value")
             text = following
-        yield dotted.replace("-", "_"), text
+        yield dotted, text
 
 
 def _override(tree: dict[str, Any], dotted: str, text: str) -> None:

@@ -1,10 +1,10 @@
 """One tree from TOML and the command line; every mistake is named with its field and its fix."""
 
 import dataclasses
-import tomllib
 from pathlib import Path
 
 import pytest
+import tomllib
 
 from pangu import config as configuration
 from pangu.errors import ConfigError
@@ -23,8 +23,9 @@ def test_every_named_config_loads_and_shows_itself(name: str) -> None:
 def test_every_field_is_documented() -> None:
     shown = configuration.show(configuration.load("debug")).splitlines()
     for number, line in enumerate(shown):
-        if " = " in line and not line.startswith("# ") or line.startswith("["):
-            assert shown[number - 1].startswith("# ") and len(shown[number - 1]) > 10, line
+        if (" = " in line and not line.startswith("# ")) or line.startswith("["):
+            assert shown[number - 1].startswith("# "), line
+            assert len(shown[number - 1]) > 10, line
 
 
 def test_overrides_replace_fields_of_sections_and_phases() -> None:

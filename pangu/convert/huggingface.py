@@ -22,7 +22,7 @@ from pangu.convert.safetensors_folder import (
     write_json,
     write_shards,
 )
-from pangu.errors import ConversionError
+from pangu.errors import ConversionError, DataError
 from pangu.model import Transformer
 from pangu.tokenizer import Tokenizer, save_for_transformers
 
@@ -44,7 +44,7 @@ class ImportedModel:
     tensors: Mapping[str, Tensor]
     """Our parameter names to fp32 tensors on the CPU, each read from the files when asked for."""
     tokenizer: Path | None
-    """The sentencepiece model, if there is one."""
+    """The sentencepiece model, if there is one of ours: Pangu reads no others."""
 
 
 def export(
@@ -66,11 +66,11 @@ def export(
 
     `model_state` holds every parameter of the model by our names; tensors are taken from it one at a time and written
     by shards of at most `max_shard_bytes` (a larger tensor gets its own), so a mapping that reads them when asked keeps
-    memory at one shard. `rope_base` is the base of the last training phase; not given, the model's. `tokenizer` is a
-    sentencepiece model; without one the folder names no end-of-text token.
+    memory at one shard and one tensor. `rope_base` is the base of the last training phase; not given, the model's.
+    `tokenizer` is a model file of `pangu tokenizer train`; without one the folder names no end-of-text token.
 
-    `output` must not exist or be empty, and appears only once complete. Raises `ConversionError`, before anything is
-    written, when the layout cannot express the model or the tensors are not the model's.
+    `output` must not exist or be empty, and appears only once complete. Raises `ConversionError`, and leaves nothing
+    behind, when the layout cannot express the model, the tensors are not the model's or the disk is full.
     """
     target = choose(config, target)
     maps = tensor_maps(config, LAYOUTS[target], _shapes(config))
@@ -111,8 +111,7 @@ def import_(folder: Path) -> ImportedModel:
     for entry in maps:
         for name in entry.theirs:
             _check_stored(name, stored[name], entry.their_shape)
-    tokenizer = folder / "tokenizer.model"
-    return ImportedModel(config, _StoredModel(maps, stored), tokenizer if tokenizer.is_file() else None)
+    return ImportedModel(config, _StoredModel(maps, stored), _our_tokenizer(folder))
 
 
 class _StoredModel(Mapping[str, Tensor]):
@@ -176,6 +175,14 @@ def _load_tokenizer(path: Path, config: ModelConfig) -> Tokenizer:
             "export with the tokenizer that the model was trained with"
         )
     return tokenizer
+
+
+def _our_tokenizer(folder: Path) -> Path | None:
+    path = folder / "tokenizer.model"
+    try:
+        return Tokenizer(path).path
+    except DataError:
+        return None
 
 
 def _check_names(where: str, expected: Collection[str], found: Collection[str]) -> None:

@@ -31,7 +31,7 @@ class Document:
     source: str
     """`FILE`, or `FILE:LINE`."""
     file_position: int
-    """Bytes of the file, as it lies on disk, read so far."""
+    """Bytes of the file, as it lies on disk, read so far; 0 for a pipe."""
 
 
 def texts(paths: Sequence[str | Path], text_field: str = "text") -> Iterator[str]:
@@ -85,10 +85,10 @@ def read_file(path: Path, text_field: str = "text", split_lines: bool = False) -
                 yield from _read_json_lines(path, stream, raw, text_field)
             elif split_lines:
                 for number, line in _decoded_lines(path, stream):
-                    yield Document(line.rstrip("\r\n"), {}, f"{path}:{number}", raw.tell())
+                    yield Document(line.rstrip("\r\n"), {}, f"{path}:{number}", _position(raw))
             else:
                 text = _decode(path, stream.read(), offset=0)
-                yield Document(text, {}, str(path), raw.tell())
+                yield Document(text, {}, str(path), _position(raw))
     except (EOFError, zlib.error, gzip.BadGzipFile, zstandard.ZstdError) as error:
         raise DataError(f"{path}: damaged or cut-short archive ({error}); fetch or compress it again") from None
     except OSError as error:
@@ -165,7 +165,7 @@ def _read_json_lines(path: Path, stream: BinaryIO, raw: BinaryIO, text_field: st
             raise DataError(f"{source}: {_describe(fields, text_field)}; name the field that holds the text")
         if "\\u" in line and _has_lone_surrogate(text):
             raise DataError(f"{source}: {text_field!r} holds half of a surrogate pair, which is not text; remove it")
-        yield Document(text, fields, source, raw.tell())
+        yield Document(text, fields, source, _position(raw))
 
 
 def _describe(fields: Any, text_field: str) -> str:
@@ -186,6 +186,10 @@ def _decoded_lines(path: Path, stream: BinaryIO) -> Iterator[tuple[int, str]]:
     for number, line in enumerate(stream, start=1):
         yield number, _decode(path, line, offset)
         offset += len(line)
+
+
+def _position(raw: BinaryIO) -> int:
+    return raw.tell() if raw.seekable() else 0
 
 
 def _decode(path: Path, data: bytes, offset: int) -> str:

@@ -17,13 +17,14 @@ import numpy.typing as npt
 
 from pangu.config import Config
 from pangu.data.batch import IGNORED_LABEL, Batch
+from pangu.data.domains import DomainSource
 from pangu.data.packing import Window, pack
 from pangu.data.schedule import Position, Schedule
 from pangu.data.synthetic import SyntheticSource
 from pangu.errors import ConfigError
 
 # Packed in one go: enough to make Python's overhead small, little enough to stay in a core's cache.
-_TOKENS_AT_ONCE = 1 << 15
+_TOKENS_AT_ONCE = 1 << 16
 
 
 class Source(Protocol):
@@ -58,8 +59,6 @@ class Loader:
         if config.data.synthetic:
             self._source = SyntheticSource(config.model.vocab_size, config.train.seed)
         else:
-            from pangu.data.domains import DomainSource
-
             self._source = DomainSource(config, schedule)
         self.validation_domains = self._source.validation_domains
 

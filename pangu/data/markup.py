@@ -72,10 +72,11 @@ class _TextOfHtml(HTMLParser):
         if tag not in _BLOCKS or not self.pieces or self.skipped_depth:
             return
         if self.cell_depth or tag in _CELLS:
-            if not self.pieces[-1].endswith(("\n", " ")):
-                self.pieces.append(" ")
+            separator = " "
         else:
-            self.pieces.append("\n\n" if tag in _PARAGRAPH_TAGS else "\n")
+            separator = "\n\n" if tag in _PARAGRAPH_TAGS else "\n"
+        if not self.pieces[-1].endswith((separator, "\n") if separator == " " else separator):
+            self.pieces.append(separator)
 
 
 def roff_to_text(page: str) -> str:

@@ -166,10 +166,10 @@ def _debian_texts(root: Path) -> Iterator[tuple[str, _Text]]:
     share = root / "usr/share"
     for path in sorted(share.glob("doc/debian-handbook/html/en-US/*.html")) + _reference(share, "en"):
         yield "english", _Text(path.relative_to(share).as_posix(), html_to_text(path.read_text(encoding="utf-8")))
-    for path, text in _chinese_texts(share):
+    for text in _chinese_texts(share):
         # Translations are unfinished: some pages are still English.
-        if len(re.findall("[\u4e00-\u9fff]", text)) > _LEAST_CHINESE * len(text):
-            yield "chinese", _Text(path.relative_to(share).as_posix(), text)
+        if len(re.findall("[\u4e00-\u9fff]", text.text)) > _LEAST_CHINESE * len(text.text):
+            yield "chinese", text
     for name in _METAMATH_DATABASES:
         database = (share / "metamath/databases" / name).read_text(encoding="utf-8")
         for number, section in enumerate(metamath_sections(database)):
@@ -180,15 +180,17 @@ def _reference(share: Path, language: str) -> list[Path]:
     return sorted(share.glob(f"debian-reference/*.{language}.html"))
 
 
-def _chinese_texts(share: Path) -> Iterator[tuple[Path, str]]:
+def _chinese_texts(share: Path) -> Iterator[_Text]:
     for path in sorted(share.glob("doc/debian-handbook/html/zh-CN/*.html")) + _reference(share, "zh-cn"):
-        yield path, html_to_text(path.read_text(encoding="utf-8"))
+        yield _Text(path.relative_to(share).as_posix(), html_to_text(path.read_text(encoding="utf-8")))
     for path in sorted(share.glob("man/zh_CN/man*/*.gz")):
-        yield path, roff_to_text(gzip.decompress(path.read_bytes()).decode("utf-8", errors="ignore"))
+        page = gzip.decompress(path.read_bytes()).decode("utf-8", errors="ignore")
+        yield _Text(path.relative_to(share).as_posix(), roff_to_text(page))
     for path in sorted(share.glob("games/fortunes/*")):
         if path.suffix == "":
             colourless = re.sub(r"\x1b\[[\d;]*m", "", path.read_text(encoding="utf-8"))
-            yield from ((path, fortune.strip()) for fortune in re.split(r"^%$", colourless, flags=re.MULTILINE))
+            for number, fortune in enumerate(re.split(r"^%$", colourless, flags=re.MULTILINE)):
+                yield _Text(f"{path.relative_to(share).as_posix()}:{number}", fortune.strip())
 
 
 def _limit(texts: list[_Text], max_bytes: int | None) -> list[_Text]:

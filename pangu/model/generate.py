@@ -57,7 +57,8 @@ def sample(logits: Tensor, draws: Tensor, temperature: float, top_p: float) -> T
     """A token per row of logits `[N, V]`, int64 `[N]`: the distribution function inverted at draws `[N]` of [0, 1)."""
     if temperature == 0:
         return logits.argmax(-1)
-    probabilities, order = torch.softmax(logits.float() / temperature, -1).sort(dim=-1, descending=True, stable=True)
+    logits = logits.float() - logits.float().amax(-1, keepdim=True)  # so that no temperature makes them infinite
+    probabilities, order = torch.softmax(logits / temperature, -1).sort(dim=-1, descending=True, stable=True)
     before = probabilities.cumsum(-1) - probabilities
     probabilities = probabilities.masked_fill(before >= top_p, 0)
     distribution = probabilities.cumsum(-1)

@@ -23,9 +23,6 @@ from pangu.model.linear import Linear
 from pangu.model.norm import RMSNorm, add_post_norm, sandwich_norm
 from pangu.model.rope import rotary_tables
 
-LOGITS_PER_CHUNK = 2**26
-"""Logits the loss holds at once (256 MB in fp32): few enough to forget about, enough rows for full-speed matmuls."""
-
 
 class Embedding(nn.Module):
     """Rows of a table, fp32 `[T, H]`, for tokens `[T]`."""
@@ -109,8 +106,7 @@ class Transformer(nn.Module):
         labels int64 `[T]`, -100 for none; loss_weights fp32 `[T]`. The `[T, V]` logits never exist at once.
         """
         hidden = self(tokens, position_ids, cu_seqlens)
-        chunk_size = max(1, LOGITS_PER_CHUNK // len(self.head_weight))
-        return linear_cross_entropy(hidden, self.head_weight, labels, loss_weights, chunk_size)
+        return linear_cross_entropy(hidden, self.head_weight, labels, loss_weights)
 
     @property
     def head_weight(self) -> Tensor:

@@ -32,7 +32,7 @@ class Console:
         self.line(" ".join(f"{name:>{width}}" for name, width in _COLUMNS))
 
     def __call__(self, event: dict[str, Any]) -> None:
-        kind, step = event["kind"], event.get("step")
+        kind, step = event["kind"], event["step"]
         if kind == "step" and (step % self.interval == 0 or step == self.total_steps or event["skipped"]):
             self.line(self._row(event))
         elif kind == "validation":

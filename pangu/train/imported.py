@@ -34,7 +34,12 @@ def import_run(folder: Path, run: Path) -> None:
         },
         "rng": {"cpu": torch.get_rng_state()},
     }
-    metadata = {"config": configuration.to_tree(config), "rope_base": config.model.rope_base, "counters": {}, "spikes": None}
+    metadata = {
+        "counters": {},
+        "spikes": None,
+        "config": configuration.to_tree(config),
+        "rope_base": config.model.rope_base,
+    }
     with Checkpointer(run / CHECKPOINTS, CheckpointConfig()) as checkpointer:
         checkpointer.save(0, state, metadata, asynchronous=False)
     if imported.tokenizer is not None:

@@ -22,7 +22,7 @@ class AdamW:
         self.exp_avg_sq = {name: torch.zeros_like(parameter) for name, parameter in self.parameters.items()}
 
     def step(self, update: int, learning_rate: float, gradient_scale: Tensor | None = None) -> None:
-        """The `update`-th update (from 1) of every parameter from its `.grad` times the 0-dimensional `gradient_scale`."""
+        """Make the `update`-th update, counted from 1, from every `.grad` times `gradient_scale` (0-dimensional)."""
         beta1, beta2 = self.config.betas
         for names, weight_decay in self._groups():
             adamw(

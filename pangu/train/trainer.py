@@ -12,11 +12,6 @@ from types import FrameType
 from typing import Any
 
 import torch
-from pangu.model.count import flops_per_token, num_parameters
-from pangu.train.events import Event, EventLog, tensorboard
-from pangu.train.run import CHECKPOINTS, CONFIG, TOKENIZER
-from pangu.train.spikes import SpikeDetector
-from pangu.train.statistics import LayerStatistics
 from torch import Tensor
 
 from pangu import __version__, device
@@ -28,9 +23,14 @@ from pangu.data.schedule import Position, Schedule
 from pangu.errors import ConfigError, TrainingError
 from pangu.files import write_atomically
 from pangu.model import Transformer, init_weights
+from pangu.model.count import flops_per_token, num_parameters
 from pangu.train.checkpoint import Checkpointer
 from pangu.train.console import Console
+from pangu.train.events import Event, EventLog, tensorboard
 from pangu.train.optimizer import AdamW, clip_scale, gradient_norm
+from pangu.train.run import CHECKPOINTS, CONFIG, TOKENIZER
+from pangu.train.spikes import SpikeDetector
+from pangu.train.statistics import LayerStatistics
 
 _DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
@@ -316,7 +316,7 @@ def _stop_signals() -> Iterator[list[int]]:
 
     def note(number: int, frame: FrameType | None) -> None:
         received.append(number)
-        signal.signal(number, previous[number])
+        signal.signal(number, previous[signal.Signals(number)])
 
     for number in previous:
         signal.signal(number, note)

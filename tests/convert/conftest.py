@@ -1,14 +1,13 @@
-import os
 from collections.abc import Callable
+from pathlib import Path
 
 import pytest
 import torch
 from torch import Tensor
 
-os.environ["HF_HUB_OFFLINE"] = "1"
-
 from pangu.config import ModelConfig
 from pangu.model import Transformer
+from pangu.tokenizer.pieces import ALPHABET, serialize
 
 SIZES = {
     "vocab_size": 97,
@@ -60,3 +59,11 @@ def our_logits() -> Callable[[Transformer, Tensor], Tensor]:
             return model.logits(model(tokens, torch.arange(len(tokens)), boundaries))
 
     return run
+
+
+@pytest.fixture
+def alphabet_tokenizer(tmp_path: Path) -> Path:
+    """The model file of a tokenizer of 361 pieces: the special ones, bytes and single characters."""
+    path = tmp_path / "alphabet.model"
+    path.write_bytes(serialize(dict.fromkeys(ALPHABET, -1000)))
+    return path

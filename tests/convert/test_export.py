@@ -13,6 +13,7 @@ from torch import Tensor
 from pangu.convert import export, safetensors_folder
 from pangu.errors import ConversionError
 from pangu.model import generate
+from pangu.tokenizer import Tokenizer
 
 transformers = pytest.importorskip("transformers")
 
@@ -108,6 +109,35 @@ def test_without_a_tokenizer_glm4_does_not_stop_at_tokens_of_its_own_vocabulary(
     theirs = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "out")
     text = theirs.generate(torch.tensor([[1, 2]]), max_new_tokens=3, do_sample=False)
     assert text[0, 2:].tolist() == [end_of_text] * 3
+
+
+@pytest.mark.parametrize("target", ["llama", "glm4", "hyperclovax"])
+def test_from_text_to_text_with_the_exported_tokenizer(
+    target, model_config, random_model, alphabet_tokenizer, tmp_path
+):
+    config = model_config(norm_placement="pre" if target == "llama" else "sandwich", vocab_size=400)
+    model = random_model(config)
+    export(model.state_dict(), config, tmp_path / "out", target=target, tokenizer=alphabet_tokenizer)
+    tokenizer = Tokenizer(alphabet_tokenizer)
+    theirs = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "out")
+    their_tokenizer = transformers.AutoTokenizer.from_pretrained(tmp_path / "out")
+    for ids in (theirs.config, theirs.generation_config):
+        assert (ids.eos_token_id, ids.pad_token_id, ids.bos_token_id) == (tokenizer.eod_id, tokenizer.pad_id, None)
+    assert (their_tokenizer.eos_token_id, their_tokenizer.pad_token_id) == (tokenizer.eod_id, tokenizer.pad_id)
+    text = "def f(x):\n\treturn 42"
+    encoded = their_tokenizer(text, return_tensors="pt")
+    prompt = tokenizer.encode(text)
+    assert encoded["input_ids"][0].tolist() == prompt
+    assert their_tokenizer.decode(prompt) == text
+    continued = theirs.generate(**encoded, max_new_tokens=10, do_sample=False)[0, len(prompt) :]
+    assert continued.tolist() == generate(model, [prompt], 10, eod_id=tokenizer.eod_id)[0]
+
+
+def test_a_tokenizer_larger_than_the_model_is_refused(model_config, random_model, alphabet_tokenizer, tmp_path):
+    config = model_config()
+    with pytest.raises(ConversionError, match=r"has 361 pieces, but model\.vocab_size is 97"):
+        export(random_model(config).state_dict(), config, tmp_path / "out", tokenizer=alphabet_tokenizer)
+    assert not (tmp_path / "out").exists()
 
 
 def test_shards_respect_their_size_and_load(model_config, random_model, our_logits, tokens, tmp_path):

@@ -123,6 +123,16 @@ def test_export_then_import_returns_the_same_config_and_the_same_bits(target, mo
     assert all(torch.equal(imported.tensors[name], tensor) for name, tensor in state.items())
 
 
+def test_our_tokenizer_comes_along_and_another_does_not(model_config, random_model, alphabet_tokenizer, tmp_path):
+    config = model_config(vocab_size=361)
+    export(random_model(config).state_dict(), config, tmp_path / "out", tokenizer=alphabet_tokenizer)
+    tokenizer = import_(tmp_path / "out").tokenizer
+    assert tokenizer is not None
+    assert tokenizer.read_bytes() == alphabet_tokenizer.read_bytes()
+    tokenizer.write_bytes(b"a tokenizer of another kind")
+    assert import_(tmp_path / "out").tokenizer is None
+
+
 UNSUPPORTED = {
     "llama3_rope": ("llama", {"rope_parameters": {**ROPE, "rope_type": "llama3", "factor": 8.0}}, "'llama3'"),
     "yarn": ("llama", {"rope_scaling": {"rope_type": "yarn", "factor": 4.0}, "rope_parameters": None}, "'yarn'"),

@@ -112,7 +112,7 @@ def test_sampling_follows_the_distribution() -> None:
     assert counts(1.0, 0.65) == [0, 571, 0, 429]  # 0.4 alone is not enough, 0.4 + 0.3 is
     assert counts(1.0, 0.3) == [0, 1000, 0, 0]  # the likeliest token always stays
     assert counts(0.5, 1.0) == [33, 533, 134, 300]  # 0.01, 0.16, 0.04, 0.09 of 0.3
-    assert counts(0.0, 1.0) == [0, 1000, 0, 0]
+    assert counts(0.0, 1.0) == counts(1e-45, 1.0) == [0, 1000, 0, 0]
 
 
 @pytest.mark.parametrize("draw", [0.0, 1 - 2**-24])

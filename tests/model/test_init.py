@@ -107,6 +107,7 @@ def test_any_rows_can_be_drawn_alone(block_elements: int, monkeypatch: pytest.Mo
     init_weights(model, 5)
     name = "layers.1.feed_forward.gate_up_proj.weight"
     whole = model.get_parameter(name).detach()
+    assert len(whole.view(-1, 36).unique(dim=0)) == 104  # no two blocks alike
     for start, stop in ((0, 104), (0, 1), (3, 50), (103, 104)):
         rows = initial_rows(config, name, whole.shape, start, stop, 5)
         assert torch.equal(rows, whole.view(-1, 36)[start:stop])

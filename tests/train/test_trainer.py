@@ -1,4 +1,4 @@
-"""The training loop: what a step computes, and that a run that was stopped, killed or damaged ends like one that was not."""
+"""The training loop: what a step computes; a run that was stopped, killed or damaged ends like one that was not."""
 
 import dataclasses
 import math
@@ -95,7 +95,7 @@ def plain_adamw_step(model: Transformer, batches: Sequence[Batch], config: Confi
 
 @pytest.mark.parametrize("clip_norm", ["1.0", "0.05"])
 def test_a_step_is_adamw_on_the_mean_loss_of_all_labels(tmp_path: Path, clip_norm: str) -> None:
-    # A first Adam step is close to the sign of the gradient, which rounding decides where it is tiny; a large eps is not.
+    # With a small eps, Adam's first step is the gradient's sign, which rounding decides where the gradient is tiny.
     config = debug_config(
         "--optimizer.clip_norm", clip_norm, "--model.attention_bias", "true", "--optimizer.eps", "1e-3"
     )

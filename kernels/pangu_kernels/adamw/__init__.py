@@ -1,13 +1,21 @@
+"""AdamW: Adam with decoupled weight decay (Loshchilov and Hutter 2019, algorithm 2)."""
+
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
+
+from pangu_kernels.adamw import cpu, reference
+from pangu_kernels.checks import check_operand, check_same_dtype, check_tensor
+from pangu_kernels.registration import define, implement
 
 
 @torch.no_grad()
 def adamw(
-    params: list[Tensor],
-    grads: list[Tensor],
-    exp_avgs: list[Tensor],
-    exp_avg_sqs: list[Tensor],
+    params: Sequence[Tensor],
+    grads: Sequence[Tensor],
+    exp_avgs: Sequence[Tensor],
+    exp_avg_sqs: Sequence[Tensor],
     *,
     step: int,
     lr: float,
@@ -17,10 +25,48 @@ def adamw(
     weight_decay: float,
     grad_scale: float | Tensor = 1.0,
 ) -> None:
-    for param, grad, exp_avg, exp_avg_sq in zip(params, grads, exp_avgs, exp_avg_sqs, strict=True):
-        grad = grad * grad_scale
-        param.mul_(1 - lr * weight_decay)
-        exp_avg.lerp_(grad, 1 - beta1)
-        exp_avg_sq.mul_(beta2).addcmul_(grad, grad, value=1 - beta2)
-        denominator = (exp_avg_sq / (1 - beta2**step)).sqrt_().add_(eps)
-        param.addcdiv_(exp_avg, denominator, value=-lr / (1 - beta1**step))
+    """One update, in place, equal to that of `torch.optim.AdamW(fused=True)`.
+
+    The four lists hold, parameter by parameter, tensors of the same shape, dtype and device. `step` counts from 1.
+    Gradients are multiplied by `grad_scale` on the way (a number, or a 0-dimensional tensor on their device, so that
+    clipping needs neither a pass of its own nor a synchronization); what `grads` hold afterwards is undefined.
+
+    Raises TypeError or ValueError for lists, tensors or numbers that do not fit.
+    """
+    _check(params, grads, exp_avgs, exp_avg_sqs, step)
+    if not params:
+        return
+    if not isinstance(grad_scale, Tensor):
+        grad_scale = None if grad_scale == 1 else torch.full((), grad_scale, device=params[0].device)
+    _step(
+        list(params), list(grads), list(exp_avgs), list(exp_avg_sqs),
+        grad_scale, step, lr, beta1, beta2, eps, weight_decay,
+    )  # fmt: skip
+
+
+def _check(
+    params: Sequence[Tensor], grads: Sequence[Tensor], exp_avgs: Sequence[Tensor], exp_avg_sqs: Sequence[Tensor], step: int
+) -> None:
+    if step < 1:
+        raise ValueError(f"adamw: step counts from 1, got {step}")
+    for name, tensors in (("grads", grads), ("exp_avgs", exp_avgs), ("exp_avg_sqs", exp_avg_sqs)):
+        if len(tensors) != len(params):
+            raise ValueError(f"adamw: {name} must hold as many tensors as params, {len(params)}, got {len(tensors)}")
+        for param, tensor in zip(params, tensors, strict=True):
+            check_operand("adamw", name, tensor, param.shape, param)
+            check_same_dtype("adamw", name, tensor, param)
+    for param in params:
+        check_tensor("adamw", "params", param)
+
+
+def _fake(*_: object) -> None:
+    pass
+
+
+_step = define(
+    "adamw(Tensor(a!)[] params, Tensor(b!)[] grads, Tensor(c!)[] exp_avgs, Tensor(d!)[] exp_avg_sqs,"
+    " Tensor? grad_scale, int step, float lr, float beta1, float beta2, float eps, float weight_decay) -> ()",
+    reference=reference.step_,
+    fake=_fake,
+)
+implement("adamw", "cpu", cpu.step_)

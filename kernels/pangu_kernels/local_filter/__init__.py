@@ -1,16 +1,78 @@
+"""The two convolutions of Yuan 2.0's localized filtering-based attention (section 3.1, figures 1 and 2)."""
+
+from typing import Any
+
 import torch
 from torch import Tensor
+
+from pangu_kernels.checks import check_boundaries, check_operand, check_tensor
+from pangu_kernels.local_filter import reference
+from pangu_kernels.registration import define
 
 
 def local_filter(
     x: Tensor, weight1: Tensor, bias1: Tensor, weight2: Tensor, bias2: Tensor, cu_seqlens: Tensor
 ) -> Tensor:
-    starts = cu_seqlens[:-1][cu_seqlens.diff() > 0].to(x.device)
+    """`conv2(conv1(x))` along each document: two causal taps each, H to H/2 to H channels, no residual and no norm.
 
-    def causal_convolution(inputs: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
-        not_first = torch.ones(inputs.shape[0], 1, dtype=inputs.dtype, device=inputs.device)
-        not_first[starts] = 0
-        previous = torch.cat((inputs[:1] * 0, inputs[:-1])) * not_first
-        return previous @ weight[..., 0].to(x.dtype).T + inputs @ weight[..., 1].to(x.dtype).T + bias.to(x.dtype)
+    x `[T, H]`; weight1 `[H/2, H, 2]`, bias1 `[H/2]`, weight2 `[H, H/2, 2]`, bias2 `[H]`, cast to the dtype of x, with
+    tap 1 for the token itself and tap 0 for the one before; cu_seqlens int32 `[N+1]` from 0 to T, on the CPU. Before
+    the first token of a document both convolutions see zeros: conv1's output there is 0, not its bias.
 
-    return causal_convolution(causal_convolution(x, weight1, bias1), weight2, bias2)
+    Token t depends on t - 2, t - 1 and t. To decode, keep the last two inputs of each sequence: call with those and
+    the new ones as one document, and drop the results of the old ones (the last result is then exact). A sequence with
+    fewer than two tokens so far passes the tokens it has: zeros in their place would become conv1's bias.
+
+    Raises TypeError for wrong dtypes, ValueError for shapes, devices, strides or boundaries that do not fit.
+    """
+    check_tensor("local_filter", "x", x, 2)
+    size = x.shape[1]
+    check_operand("local_filter", "weight1", weight1, (size // 2, size, 2), x)
+    check_operand("local_filter", "bias1", bias1, (size // 2,), x)
+    check_operand("local_filter", "weight2", weight2, (size, size // 2, 2), x)
+    check_operand("local_filter", "bias2", bias2, (size,), x)
+    check_boundaries("local_filter", "cu_seqlens", cu_seqlens)
+    if torch.is_grad_enabled():
+        return _LocalFilter.apply(x, weight1, bias1, weight2, bias2, cu_seqlens)
+    return _forward(x, weight1, bias1, weight2, bias2, cu_seqlens)[0]
+
+
+class _LocalFilter(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any, x: Tensor, weight1: Tensor, bias1: Tensor, weight2: Tensor, bias2: Tensor, cu_seqlens: Tensor
+    ) -> Tensor:
+        y, hidden = _forward(x, weight1, bias1, weight2, bias2, cu_seqlens)
+        ctx.save_for_backward(x, hidden, weight1, weight2, cu_seqlens)
+        return y
+
+    @staticmethod
+    def backward(ctx: Any, d_y: Tensor) -> tuple[Tensor | None, ...]:
+        return *_backward(d_y.contiguous(), *ctx.saved_tensors), None
+
+
+def _fake_forward(
+    x: Tensor, weight1: Tensor, bias1: Tensor, weight2: Tensor, bias2: Tensor, cu_seqlens: Tensor
+) -> tuple[Tensor, Tensor]:
+    return torch.empty_like(x), x.new_empty((len(x), len(bias1)))
+
+
+def _fake_backward(
+    d_y: Tensor, x: Tensor, hidden: Tensor, weight1: Tensor, weight2: Tensor, cu_seqlens: Tensor
+) -> tuple[Tensor, ...]:
+    d_bias1, d_bias2 = weight1.new_empty(len(weight1)), weight2.new_empty(len(weight2))
+    return torch.empty_like(x), torch.empty_like(weight1), d_bias1, torch.empty_like(weight2), d_bias2
+
+
+_forward = define(
+    "local_filter(Tensor x, Tensor weight1, Tensor bias1, Tensor weight2, Tensor bias2, Tensor cu_seqlens)"
+    " -> (Tensor y, Tensor hidden)",
+    reference=reference.forward,
+    fake=_fake_forward,
+)
+_backward = define(
+    "local_filter_backward(Tensor d_y, Tensor x, Tensor hidden, Tensor weight1, Tensor weight2, Tensor cu_seqlens)"
+    " -> (Tensor d_x, Tensor d_weight1, Tensor d_bias1, Tensor d_weight2, Tensor d_bias2)",
+    reference=reference.backward,
+    fake=_fake_backward,
+)

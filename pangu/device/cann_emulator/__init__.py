@@ -18,7 +18,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
 
-from pangu.device.cann_emulator.build import build
+from pangu.device.cann_emulator.libraries import build_libraries
 from pangu.errors import DeviceError
 
 SOCS = ("Ascend910B2", "Ascend910B3", "Ascend910_9392")  # Atlas A2 twice, and A3
@@ -105,7 +105,7 @@ def install(
             "torch_npu is already imported, on the CANN that it found: install the emulator before the first import, "
             "and set TORCH_DEVICE_BACKEND_AUTOLOAD=0 so that `import torch` does not import it"
         )
-    libraries = build()
+    libraries = build_libraries()
     # Found by name, these are the ones that torch_npu will be linked against, wherever another CANN may be.
     handles = {path.name: ctypes.CDLL(str(path), mode=ctypes.RTLD_GLOBAL) for path in libraries.cann}
     runtime, hccl = handles["libascendcl.so"], handles["libhccl.so"]

@@ -20,8 +20,9 @@ MASK_TEMPLATE = (2048, 2048)  # of the sparse modes that build their mask themse
 
 Ends = Sequence[int] | Tensor | None  # where each sequence ends, cumulatively
 
-# Arguments that choose how, and not what, a device computes.
-_WITHOUT_EFFECT = {"inner_precise", "gen_mask_parallel", "sync", "seed", "offset", "numels", "comm_turn", "softmax_in"}
+# Arguments that choose how a device computes and not what, or matter only beside another that is refused.
+_WITHOUT_EFFECT = {"comm_turn", "gen_mask_parallel", "inner_precise", "numels", "offset", "seed", "softmax_in", "sync"}
+_WITHOUT_EFFECT |= {"grad_zloss", "lse_for_zloss"}
 
 
 def register(runtime: ctypes.CDLL, hccl: ctypes.CDLL) -> None:
@@ -338,7 +339,7 @@ def cross_entropy_loss(
 ) -> tuple[Tensor, Tensor]:
     log_prob = F.log_softmax(input.float(), -1)
     loss = F.nll_loss(log_prob, target.long(), reduction=reduction, ignore_index=ignore_index)
-    return loss, log_prob
+    return loss.reshape(-1), log_prob  # one element if reduced
 
 
 def cross_entropy_loss_backward(

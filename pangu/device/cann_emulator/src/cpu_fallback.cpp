@@ -26,12 +26,13 @@ namespace {
 
 constexpr auto kNpu = c10::DispatchKey::PrivateUse1;
 
-// Operators that have to stay torch_npu's, beside its views: they allocate, move between devices or read back.
+// Operators that stay torch_npu's, beside its views: they allocate, move between devices, read back, or (the last)
+// choose a fused operator that has numerics in fused_ops.py.
 const std::unordered_set<std::string> kGenuine = {
     "aten::_copy_from_and_resize", "aten::_lazy_clone", "aten::_local_scalar_dense", "aten::_pin_memory",
     "aten::_to_copy", "aten::as_strided_", "aten::empty", "aten::empty_like", "aten::empty_strided", "aten::is_pinned",
     "aten::is_set_to", "aten::new_empty_strided", "aten::record_stream", "aten::resize_", "aten::resize_as_",
-    "aten::set_",
+    "aten::set_", "aten::scaled_dot_product_attention",
 };
 
 bool is_npu(const at::Tensor& tensor) { return tensor.defined() && tensor.device().is_privateuseone(); }
@@ -245,10 +246,23 @@ class CpuFallback : public c10::OperatorKernel {
   bool is_random_;
 };
 
-// Runs PyTorch's composite implementation of an operator for which torch_npu brings its own autograd formula: that
-// formula calls op-plugin directly, so its kernels could not be replaced.
-void run_composite(const c10::OperatorHandle& op, c10::DispatchKeySet, torch::jit::Stack* stack) {
-  op.redispatchBoxed(c10::DispatchKeySet(c10::DispatchKey::AutogradCPU), stack);
+// Runs PyTorch's autograd formula, or composite implementation, instead of torch_npu's own one for an aten operator:
+// those call op-plugin directly, where no kernel can be replaced.
+class UpstreamAutograd : public c10::OperatorKernel {
+ public:
+  explicit UpstreamAutograd(c10::SafeKernelFunction upstream) : upstream_(std::move(upstream)) {}
+
+  void operator()(const c10::OperatorHandle& op, c10::DispatchKeySet keys, torch::jit::Stack* stack) {
+    upstream_.callBoxed(op, keys, stack);
+  }
+
+ private:
+  c10::SafeKernelFunction upstream_;
+};
+
+bool has_upstream_autograd(const c10::OperatorHandle& op) {
+  return op.hasKernelForDispatchKey(c10::DispatchKey::Autograd) ||
+         op.hasKernelForDispatchKey(c10::DispatchKey::CompositeImplicitAutograd);
 }
 
 bool is_view(const c10::FunctionSchema& schema) {
@@ -272,19 +286,20 @@ std::string name_with_overload(const c10::OperatorName& name) {
 // Returns the names of the operators replaced.
 std::vector<std::string> replace_kernels() {
   static auto* kernels = new torch::Library(torch::Library::IMPL, "aten", kNpu, __FILE__, __LINE__);
-  static auto* composites =
+  static auto* formulas =
       new torch::Library(torch::Library::IMPL, "aten", c10::DispatchKey::AutogradPrivateUse1, __FILE__, __LINE__);
   std::vector<std::string> replaced;
   for (const auto& name : c10::Dispatcher::singleton().getAllOpNames()) {
     auto op = c10::Dispatcher::singleton().findOp(name);
     if (name.name.rfind("aten::", 0) != 0 || !op || !op->hasSchema()) continue;
     const std::string full_name = name_with_overload(name);
-    if (op->hasKernelForDispatchKey(c10::DispatchKey::AutogradPrivateUse1) &&
-        op->hasKernelForDispatchKey(c10::DispatchKey::CompositeImplicitAutograd)) {
-      composites->impl(full_name.c_str(), torch::CppFunction::makeFromBoxedFunction<&run_composite>());
+    if (is_view(op->schema()) || kGenuine.count(name.name) > 0) continue;
+    if (op->hasKernelForDispatchKey(c10::DispatchKey::AutogradPrivateUse1) && has_upstream_autograd(*op)) {
+      auto upstream = std::make_unique<UpstreamAutograd>(
+          op->getComputedKernelForDispatchKey(c10::DispatchKey::AutogradCPU));
+      formulas->impl(full_name.c_str(), torch::CppFunction::makeFromBoxedFunctor(std::move(upstream)));
     }
     if (!op->hasKernelForDispatchKey(kNpu) || !has_cpu_kernel(*op)) continue;
-    if (is_view(op->schema()) || kGenuine.count(name.name) > 0) continue;
     auto fallback = std::make_unique<CpuFallback>(op->getComputedKernelForDispatchKey(kNpu), name.name == "aten::copy_",
                                                   op->hasTag(at::Tag::nondeterministic_seeded));
     kernels->impl(full_name.c_str(), torch::CppFunction::makeFromBoxedFunctor(std::move(fallback)));

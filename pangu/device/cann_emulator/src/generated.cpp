@@ -1,7 +1,7 @@
 // What no other file defines: every aclnn operator that torch_npu can look up and every other function that it links
 // against, by name alone. They are weak, so that a definition written by hand takes their place.
 //
-// The lists are written by build.py from the installed torch_npu. This file is compiled twice, once for each of them.
+// The lists are written by libraries.py from the installed torch_npu. This file is compiled twice, once for each of them.
 #include "emulator.h"
 
 #define GENERATED extern "C" __attribute__((weak, visibility("default"))) emulator::Status

@@ -1,5 +1,5 @@
 // The operator interface: the objects that host code builds, and the few aclnn functions which torch_npu calls straight
-// from C++, where no dispatcher entry can be replaced. All other aclnn names are generated (see build.py): they are
+// from C++, where no dispatcher entry can be replaced. All other aclnn names are generated (see libraries.py): they are
 // recorded and do nothing.
 #include <c10/util/BFloat16.h>
 #include <c10/util/Half.h>

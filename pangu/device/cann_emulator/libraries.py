@@ -33,7 +33,7 @@ class Libraries:
     cpu_fallback: Path
 
 
-def build() -> Libraries:
+def build_libraries() -> Libraries:
     """The libraries for the installed torch and torch_npu, built first if need be (half a minute).
 
     Processes that start together build once: the others wait. Raises DeviceError, naming what to install, where
