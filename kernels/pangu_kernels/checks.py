@@ -43,7 +43,9 @@ def check_boundaries(operator: str, name: str, cu_seqlens: Tensor) -> None:
     if cu_seqlens.dtype != torch.int32:
         raise TypeError(f"{operator}: {name} must be int32, got {describe(cu_seqlens)}")
     if cu_seqlens.dim() != 1 or cu_seqlens.shape[0] == 0:
-        raise ValueError(f"{operator}: {name} must have one dimension and at least one element, got {describe(cu_seqlens)}")
+        raise ValueError(
+            f"{operator}: {name} must have one dimension and at least one element, got {describe(cu_seqlens)}"
+        )
     if cu_seqlens.device.type != "cpu":
         raise ValueError(f"{operator}: {name} must be on the CPU whatever the device, got {describe(cu_seqlens)}")
 

@@ -80,6 +80,7 @@ def write_shards(folder: Path, shards: Iterable[dict[str, Tensor]], count: int) 
     for number, tensors in enumerate(shards, start=1):
         file = SINGLE_FILE if count == 1 else f"model-{number:05d}-of-{count:05d}.safetensors"
         save_file(tensors, folder / file, metadata={"format": "pt"})
+        (folder / file).chmod(folder.stat().st_mode & 0o666)  # safetensors makes it readable by its owner alone
         files |= dict.fromkeys(tensors, file)
         total_size += sum(tensor.nbytes for tensor in tensors.values())
         tensors.clear()

@@ -13,7 +13,7 @@ import signal
 import threading
 from array import array
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass, field
@@ -53,6 +53,16 @@ class _Chunk:
     skipped: int = 0
     bytes_read: int = 0
     """Of all files, as they lie on disk, up to the end of this chunk."""
+
+    def add(self, document: Document, bytes_before: int, sort_by: str | None) -> None:
+        self.bytes_read = bytes_before + document.file_position
+        if not document.text.strip():
+            self.skipped += 1
+            return
+        self.texts.append(document.text)
+        self.characters += len(document.text)
+        if sort_by is not None:
+            self.sort_keys.append(_sort_key(document, sort_by))
 
 
 @dataclass(frozen=True)
@@ -95,18 +105,23 @@ def build(
     files = list_files(inputs)
     tokenizer = Tokenizer(tokenizer_path)
     encode = functools.partial(_encode, held_out_below=int(validation_fraction * 2**64))
-    chunks = _chunks(files, text_field, split_lines, sort_by)
     prefixes = [str(output_prefix)] + ([f"{output_prefix}.validation"] if validation_fraction else [])
     with _disk_errors(output_prefix), _work_folder(output_prefix) as folder, contextlib.ExitStack() as cleanup:
         parts = [_Part(prefix, folder, tokenizer, sort_by, shuffle_seed) for prefix in prefixes]
         for part in parts:
             cleanup.callback(part.close)
+        # Generators are closed here and not by the garbage collector, for which an error's traceback keeps them.
+        chunks = cleanup.enter_context(contextlib.closing(_chunks(files, text_field, split_lines, sort_by)))
+        tokenized_chunks = cleanup.enter_context(
+            contextlib.closing(_tokenize(chunks, encode, tokenizer, tokenizer_path, workers))
+        )
+        show = cleanup.enter_context(_progress_bar(files, show_progress))
         skipped = 0
-        tokenized_chunks = _tokenize(chunks, encode, tokenizer, tokenizer_path, workers)
-        for chunk, tokenized in _with_progress(tokenized_chunks, files, show_progress):
+        for chunk, tokenized in tokenized_chunks:
             skipped += chunk.skipped
             for part, belongs in zip(parts, (~tokenized.held_out, tokenized.held_out), strict=False):
                 part.add(tokenized, belongs, chunk.sort_keys)
+            show(chunk.bytes_read)
         _check_not_empty(parts, inputs, skipped, validation_fraction)
         for part in parts:
             part.reorder()
@@ -114,23 +129,19 @@ def build(
     return BuildResult(metadata[0], metadata[1] if validation_fraction else None, skipped)
 
 
-def _chunks(files: list[Path], text_field: str, split_lines: bool, sort_by: str | None) -> Iterator[_Chunk]:
+def _chunks(
+    files: list[Path], text_field: str, split_lines: bool, sort_by: str | None
+) -> Generator[_Chunk, None, None]:
     """Group documents so that a chunk is worth sending to another process."""
     chunk = _Chunk()
     bytes_before = 0
     for file in files:
-        for document in read_file(file, text_field, split_lines):
-            chunk.bytes_read = bytes_before + document.file_position
-            if not document.text.strip():
-                chunk.skipped += 1
-                continue
-            chunk.texts.append(document.text)
-            chunk.characters += len(document.text)
-            if sort_by is not None:
-                chunk.sort_keys.append(_sort_key(document, sort_by))
-            if chunk.characters >= _CHUNK_CHARACTERS:
-                yield chunk
-                chunk = _Chunk()
+        with contextlib.closing(read_file(file, text_field, split_lines)) as documents:
+            for document in documents:
+                chunk.add(document, bytes_before, sort_by)
+                if chunk.characters >= _CHUNK_CHARACTERS:
+                    yield chunk
+                    chunk = _Chunk()
         bytes_before += file.stat().st_size
     yield chunk
 
@@ -163,7 +174,7 @@ def _tokenize(
     tokenizer: Tokenizer,
     tokenizer_path: str | Path,
     workers: int,
-) -> Iterator[tuple[_Chunk, _Tokenized]]:
+) -> Generator[tuple[_Chunk, _Tokenized], None, None]:
     """Every chunk with its tokens, in order; only a few chunks per worker are in memory at a time."""
     if workers == 1:
         for chunk in chunks:
@@ -318,13 +329,10 @@ def _disk_errors(prefix: str | Path) -> Iterator[None]:
         raise DataError(f"{prefix}: the dataset cannot be written ({error.strerror or error}); {fix}") from error
 
 
-def _with_progress(
-    tokenized: Iterable[tuple[_Chunk, _Tokenized]], files: list[Path], show: bool
-) -> Iterator[tuple[_Chunk, _Tokenized]]:
-    """Pass chunks on under a bar that counts the corpus as it lies on disk."""
+@contextlib.contextmanager
+def _progress_bar(files: list[Path], visible: bool) -> Iterator[Callable[[int], None]]:
+    """A bar that counts the corpus as it lies on disk; call with the bytes done."""
     columns = (TextColumn("tokenizing"), BarColumn(), DownloadColumn(), TransferSpeedColumn(), TimeRemainingColumn())
-    with Progress(*columns, console=Console(stderr=True), disable=not show) as progress:
+    with Progress(*columns, console=Console(stderr=True), disable=not visible) as progress:
         task = progress.add_task("tokenizing", total=sum(file.stat().st_size for file in files))
-        for chunk, tokens in tokenized:
-            yield chunk, tokens
-            progress.update(task, completed=chunk.bytes_read)
+        yield lambda done: progress.update(task, completed=done)

@@ -5,7 +5,7 @@ import io
 import json
 import os
 import zlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO, cast
@@ -76,7 +76,7 @@ def list_files(paths: Sequence[str | Path]) -> list[Path]:
     return files
 
 
-def read_file(path: Path, text_field: str = "text", split_lines: bool = False) -> Iterator[Document]:
+def read_file(path: Path, text_field: str = "text", split_lines: bool = False) -> Generator[Document, None, None]:
     """The documents of one file; see `read_documents`."""
     try:
         with path.open("rb") as raw:

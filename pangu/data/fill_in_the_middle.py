@@ -28,7 +28,7 @@ class RearrangedWindow(NamedTuple):
     config: FillInTheMiddleConfig
     key: tuple[int, ...]
 
-    def read(self, out: npt.NDArray[np.int64]) -> npt.NDArray[np.int64]:
+    def read(self, out: npt.NDArray[np.int64]) -> list[int]:
         """Fill `out` [length]; the offsets in (0, length) at which documents, or the padding, start."""
         random = np.random.default_rng(self.key)
         original = np.empty_like(out)
@@ -43,7 +43,7 @@ class RearrangedWindow(NamedTuple):
         out[: len(stream)] = stream
         out[len(stream) :] = self.tokenizer.pad_id
         ends = np.cumsum([len(document) for document in rearranged])
-        return ends[ends < len(out)]
+        return ends[ends < len(out)].tolist()
 
 
 def rearrange(

@@ -23,9 +23,6 @@ from pangu.data.schedule import Position, Schedule
 from pangu.data.synthetic import SyntheticSource
 from pangu.errors import ConfigError
 
-# Packed in one go: enough to make Python's overhead small, little enough to stay in a core's cache.
-_TOKENS_AT_ONCE = 1 << 16
-
 
 class Source(Protocol):
     """Where windows of tokens come from: a `DomainSource`, or a `SyntheticSource`."""
@@ -96,12 +93,10 @@ class Loader:
     def _pack(self, windows: Sequence[Window], sequence_length: int) -> Iterator[Batch]:
         data = self.config.data
         size = self.config.train.micro_batch_size
-        at_once = size * max(_TOKENS_AT_ONCE // (size * sequence_length), 1)
-        for first in range(0, len(windows), at_once):
-            yield from pack(
-                windows[first : first + at_once],
+        for first in range(0, len(windows), size):
+            yield pack(
+                windows[first : first + size],
                 sequence_length,
-                size,
                 reset_at_documents=data.reset_at_documents,
                 reset_positions=data.reset_positions,
                 pad_id=self._source.pad_id,

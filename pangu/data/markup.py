@@ -72,11 +72,12 @@ class _TextOfHtml(HTMLParser):
         if tag not in _BLOCKS or not self.pieces or self.skipped_depth:
             return
         if self.cell_depth or tag in _CELLS:
-            separator = " "
-        else:
-            separator = "\n\n" if tag in _PARAGRAPH_TAGS else "\n"
-        if not self.pieces[-1].endswith((separator, "\n") if separator == " " else separator):
-            self.pieces.append(separator)
+            if not self.pieces[-1].endswith((" ", "\n")):
+                self.pieces.append(" ")
+        elif tag in _PARAGRAPH_TAGS:
+            self.pieces.append("\n\n")
+        elif not self.pieces[-1].endswith("\n"):
+            self.pieces.append("\n")
 
 
 def roff_to_text(page: str) -> str:

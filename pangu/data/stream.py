@@ -27,10 +27,10 @@ class TokenStream:
     def num_tokens(self) -> int:
         return self._ends[-1]
 
-    def read(self, start: int, out: npt.NDArray[np.int64]) -> npt.NDArray[np.int64]:
+    def read(self, start: int, out: npt.NDArray[np.int64]) -> list[int]:
         """Fill `out` [length] from token `start`; the offsets in (0, length) at which documents start."""
         index = bisect.bisect_right(self._ends, start)
-        starts = []
+        starts: list[int] = []
         filled = 0
         while filled < len(out):
             dataset = self.datasets[index]
@@ -41,10 +41,10 @@ class TokenStream:
             out[filled : filled + len(tokens)] = tokens
             # The document at the head of a further dataset starts inside the window, one at `start` does not.
             after = first - 1 if filled else first
-            starts.append(self._document_starts[index].between(after, first + len(tokens)) + (filled - first))
+            starts += self._document_starts[index].between(after, first + len(tokens), first - filled)
             filled += len(tokens)
             index += 1
-        return starts[0] if len(starts) == 1 else np.concatenate(starts)
+        return starts
 
     def _check_ids(self, dataset: IndexedDataset, tokens: npt.NDArray[Any]) -> None:
         if tokens.max() >= self._vocab_size:
@@ -60,7 +60,7 @@ class StreamWindow(NamedTuple):
     stream: TokenStream
     start: int
 
-    def read(self, out: npt.NDArray[np.int64]) -> npt.NDArray[np.int64]:
+    def read(self, out: npt.NDArray[np.int64]) -> list[int]:
         """Fill `out` [length]; the offsets in (0, length) at which documents start."""
         return self.stream.read(self.start, out)
 
@@ -73,11 +73,12 @@ class _DocumentStarts:
         self._unit = 1
         if len(dataset) == len(dataset.sequence_lengths):
             # One sequence per document: the byte offsets of sequences will do, and bisect is fast on a memoryview.
-            self._offsets = memoryview(dataset.sequence_pointers.view(np.uint8)).cast("q")
+            self._offsets = dataset.sequence_pointers.view(np.uint8).data.cast("q")
             self._unit = dataset.dtype.itemsize
 
-    def between(self, after: int, before: int) -> npt.NDArray[np.int64]:
-        """The token offsets strictly between the two at which documents start."""
+    def between(self, after: int, before: int, origin: int) -> list[int]:
+        """Where documents start strictly between two token offsets, as rising distances from `origin`."""
         first = bisect.bisect_right(self._offsets, after * self._unit)
         last = bisect.bisect_left(self._offsets, before * self._unit, first)
-        return np.asarray(self._offsets[first:last], np.int64) // self._unit
+        # A set, as several start at one place where documents are empty.
+        return sorted({offset // self._unit - origin for offset in self._offsets[first:last].tolist()})

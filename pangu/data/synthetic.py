@@ -28,7 +28,7 @@ class SyntheticWindow:
     alphabet: int
     """Tokens 1 to `alphabet` are used, and EOD_ID."""
 
-    def read(self, out: npt.NDArray[np.int64]) -> npt.NDArray[np.int64]:
+    def read(self, out: npt.NDArray[np.int64]) -> list[int]:
         """Fill `out` [length]; the offsets in (0, length) at which documents start."""
         random = np.random.default_rng(self.key)
         count = len(out) // _SHORTEST + 1
@@ -39,9 +39,8 @@ class SyntheticWindow:
         first = random.integers(self.alphabet, size=count)
         stride = random.integers(1, _STRIDES, count, endpoint=True)
         out[:] = 1 + (first[documents] + stride[documents] * offsets) % self.alphabet
-        starts = ends[ends < len(out)]
         out[ends[ends <= len(out)] - 1] = EOD_ID
-        return starts
+        return ends[ends < len(out)].tolist()
 
 
 class SyntheticSource:

@@ -1,6 +1,7 @@
 """What a vocabulary is made of and how it serves each domain: beside the model as JSON, and as a table."""
 
 import dataclasses
+import hashlib
 import json
 from collections import Counter
 from collections.abc import Mapping
@@ -8,9 +9,10 @@ from dataclasses import dataclass
 
 from rich.table import Table
 
+from pangu.tokenizer.balance import Merged
 from pangu.tokenizer.pieces import BYTE_PIECES, SPECIAL_PIECES
 from pangu.tokenizer.sampling import Sample
-from pangu.tokenizer.vocabulary import Probabilities, Vocabulary
+from pangu.tokenizer.vocabulary import Probabilities
 
 
 @dataclass(frozen=True)
@@ -37,8 +39,8 @@ class DomainReport:
     """On the held-out documents, as are the next two."""
     single_corpus_bytes_per_token: float
     """Of a tokenizer of the same size trained on the concatenation of the corpora."""
-    own_bytes_per_token: float | None
-    """Of a tokenizer of the same size trained on this domain alone; None when it has too few pieces for one."""
+    own_bytes_per_token: float
+    """Of a tokenizer of the same size (if there are as many pieces) trained on this domain alone."""
 
 
 @dataclass(frozen=True)
@@ -57,7 +59,6 @@ class Report:
     worst_domain_improved: bool | None
     """Whether it has more under the merged one. None for a single domain."""
     domains: dict[str, DomainReport]
-    seed: int
     fingerprint: str
     """sha256 of the model file."""
 
@@ -68,25 +69,24 @@ class Report:
 def make_report(
     learned: Mapping[str, Probabilities],
     samples: Mapping[str, Sample],
-    weights: Mapping[str, float],
-    merged: Vocabulary,
-    measured: Mapping[str, Mapping[str, float]],
-    fingerprint: str,
-    seed: int,
+    merged: Merged,
+    single_corpus: Mapping[str, float],
+    own: Mapping[str, float],
+    model: bytes,
 ) -> Report:
-    """`measured`: for each domain bytes per token of "merged", "single_corpus" and, if there is one, "own"."""
-    vocab_size = len(SPECIAL_PIECES) + len(BYTE_PIECES) + len(merged.scores)
-    pieces, unshared = _origins(learned, weights, merged)
+    """`single_corpus`, `own`: bytes per token of those tokenizers on each domain's held-out documents."""
+    pieces, unshared = _origins(learned, merged)
+    size = merged.vocabulary.size
     candidates = sum(map(len, learned.values()))
-    worst = min(measured, key=lambda name: measured[name]["single_corpus"])
-    improved = measured[worst]["merged"] > measured[worst]["single_corpus"]
+    worst = min(single_corpus, key=lambda name: single_corpus[name])
+    improved = merged.bytes_per_token[worst] > single_corpus[worst]
     return Report(
-        vocab_size=vocab_size,
+        vocab_size=size,
         special_pieces=len(SPECIAL_PIECES),
         byte_pieces=len(BYTE_PIECES),
         candidates=candidates,
         duplicates=candidates - len(set().union(*learned.values())),
-        unreachable=merged.unreachable,
+        unreachable=merged.vocabulary.unreachable,
         worst_domain=worst,
         worst_domain_improved=improved if len(learned) > 1 else None,
         domains={
@@ -95,19 +95,18 @@ def make_report(
                 bytes=samples[name].bytes,
                 training_bytes=sum(len(text.encode()) for text in samples[name].training),
                 held_out_bytes=sum(len(text.encode()) for text in samples[name].held_out),
-                weight=weights[name],
+                weight=merged.weights[name],
                 candidates=len(learned[name]),
                 pieces=pieces[name],
-                share=pieces[name] / vocab_size,
+                share=pieces[name] / size,
                 pieces_of_no_other_domain=unshared[name],
-                bytes_per_token=measured[name]["merged"],
-                single_corpus_bytes_per_token=measured[name]["single_corpus"],
-                own_bytes_per_token=measured[name].get("own"),
+                bytes_per_token=merged.bytes_per_token[name],
+                single_corpus_bytes_per_token=single_corpus[name],
+                own_bytes_per_token=own[name],
             )
             for name in learned
         },
-        seed=seed,
-        fingerprint=fingerprint,
+        fingerprint=hashlib.sha256(model).hexdigest(),
     )
 
 
@@ -127,7 +126,7 @@ def table(report: Report) -> Table:
             f"{domain.bytes_per_token:.3f}",
             f"{domain.single_corpus_bytes_per_token:.3f}",
             f"{domain.bytes_per_token / domain.single_corpus_bytes_per_token - 1:+.1%}",
-            "-" if domain.own_bytes_per_token is None else f"{domain.own_bytes_per_token:.3f}",
+            f"{domain.own_bytes_per_token:.3f}",
         )
     for name, pieces in (("bytes", report.byte_pieces), ("special", report.special_pieces)):
         result.add_row(name, f"{pieces:,}", f"{100 * pieces / report.vocab_size:.2f}")
@@ -136,15 +135,13 @@ def table(report: Report) -> Table:
     return result
 
 
-def _origins(
-    learned: Mapping[str, Probabilities], weights: Mapping[str, float], merged: Vocabulary
-) -> tuple[Counter[str], Counter[str]]:
+def _origins(learned: Mapping[str, Probabilities], merged: Merged) -> tuple[Counter[str], Counter[str]]:
     """Number of pieces to which each domain contributes most (the first of equals), and which it alone has."""
     pieces: Counter[str] = Counter()
     unshared: Counter[str] = Counter()
-    for piece in merged.scores:
-        contributions = {name: weights[name] * learned[name][piece] for name in learned if piece in learned[name]}
-        pieces[max(contributions, key=contributions.__getitem__)] += 1
+    for piece in merged.vocabulary.scores:
+        contributions = {name: merged.weights[name] * learned[name][piece] for name in learned if piece in learned[name]}
+        pieces[max(contributions, key=lambda name: contributions[name])] += 1
         if len(contributions) == 1:
             unshared.update(contributions.keys())
     return pieces, unshared
@@ -152,11 +149,17 @@ def _origins(
 
 def _caption(report: Report) -> str:
     lines = [
-        "Bytes per token on held-out documents. Single corpus, own: tokenizers of the same size trained on the",
-        "concatenation of the corpora, and on the domain alone.",
         f"{report.candidates:,} candidates, {report.duplicates:,} duplicates, {report.unreachable:,} unreachable.",
+        "Bytes per token on held-out documents; single corpus, own: of tokenizers",
+        "trained on the concatenation of all domains, and on the domain alone.",
     ]
     if report.worst_domain_improved is not None:
-        verdict = "is served better" if report.worst_domain_improved else "is NOT served better; give it a larger weight"
-        lines.append(f"The domain that the single corpus serves worst, {report.worst_domain}, {verdict}.")
+        single = {n: d.single_corpus_bytes_per_token / d.own_bytes_per_token for n, d in report.domains.items()}
+        merged = {n: d.bytes_per_token / d.own_bytes_per_token for n, d in report.domains.items()}
+        (least, before), (least_now, now) = (min(s.items(), key=lambda item: item[1]) for s in (single, merged))
+        lines += [
+            f"Fewest by the single corpus: {report.worst_domain}, "
+            + ("improved." if report.worst_domain_improved else "NOT improved; a larger weight would help it."),
+            f"Furthest below its own: {least}, at {before:.1%}; now {least_now}, at {now:.1%}.",
+        ]
     return "\n".join(lines)

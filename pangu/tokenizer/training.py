@@ -1,6 +1,5 @@
-"""Train a domain-balanced tokenizer: sample the corpora, analyze each domain, merge, verify, report."""
+"""Train a domain-balanced tokenizer: sample the corpora, analyze each domain, merge, report."""
 
-import hashlib
 import os
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -9,25 +8,21 @@ from pathlib import Path
 
 from rich.console import Console
 from rich.progress import Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
-from sentencepiece import SentencePieceProcessor
 
 from pangu.data.corpus import list_files, texts
 from pangu.errors import ConfigError, DataError
 from pangu.files import write_atomically
 from pangu.tokenizer import sampling, vocabulary
+from pangu.tokenizer.balance import merge_and_measure, search
 from pangu.tokenizer.pieces import SMALLEST_VOCABULARY, serialize
 from pangu.tokenizer.report import Report, make_report, table
 from pangu.tokenizer.sampling import Sample
-from pangu.tokenizer.tokenizer import bytes_per_token
-from pangu.tokenizer.vocabulary import Probabilities, Vocabulary
+from pangu.tokenizer.vocabulary import Probabilities
 
 MODEL_FILE = "tokenizer.model"
 REPORT_FILE = "tokenizer_report.json"
 
 _SAMPLE_BYTES_PER_PIECE = 256
-
-# How the weight of the worst-served domain is raised: by this factor, this often at most, until it gains this much.
-_RAISE, _MOST_RAISES, _MARGIN = 1.25, 12, 1.005
 
 
 def train(
@@ -47,8 +42,8 @@ def train(
 
     domains: name to files and folders, read by `pangu.data.corpus`. About `sample_bytes` of each are learned from and
     held in memory (by default 256 per piece of the vocabulary), drawn at random from all of it.
-    weights: share of each domain in the merged vocabulary. By default they are equal, except that the domain which a
-    single-corpus tokenizer serves worst (fewest bytes per token) gets more until it is served better than by that.
+    weights: share of each domain in the merged vocabulary; by default those that serve the worst-off domain best
+    (`balance.search`).
     character_coverage: the rarest characters of a domain beyond this share of its text are left to bytes.
     threads: domains analyzed at a time (by default as many as cores). The files do not depend on it.
 
@@ -58,15 +53,9 @@ def train(
     sample_bytes = _SAMPLE_BYTES_PER_PIECE * vocab_size if sample_bytes is None else sample_bytes
     with _progress(show_progress) as progress:
         samples = _read(domains, sample_bytes, seed, text_field, progress)
-        learned, single_corpus = _learn(samples, vocab_size, character_coverage, threads, progress)
+        learned, concatenated = _learn(samples, vocab_size, character_coverage, threads, progress)
         with _step(progress, "merging"):
-            baseline = load(vocabulary.merge({"": single_corpus}, {"": 1}, vocab_size))
-            weights, merged = _balance(learned, samples, baseline, vocab_size, weights)
-        with _step(progress, "measuring"):
-            tokenizers = {"merged": load(merged), "single_corpus": baseline}
-            measured = _measure(learned, samples, tokenizers, vocab_size)
-    model = serialize(merged.scores)
-    report = make_report(learned, samples, weights, merged, measured, hashlib.sha256(model).hexdigest(), seed)
+            report, model = _merge(learned, concatenated, samples, vocab_size, weights)
     try:
         write_atomically(output / REPORT_FILE, report.json())
         write_atomically(output / MODEL_FILE, model)
@@ -74,18 +63,6 @@ def train(
         raise DataError(f"{output}: cannot be written ({error.strerror}); free space or choose another folder") from None
     Console().print(table(report))
     return report
-
-
-def load(merged: Vocabulary) -> SentencePieceProcessor:
-    """The encoder of a vocabulary, after it has encoded each piece's text with that very piece."""
-    processor = SentencePieceProcessor()
-    processor.LoadFromSerializedProto(serialize(merged.scores))
-    pieces = list(merged.scores)
-    encoded = processor.encode(pieces, num_threads=1)
-    lost = [piece for piece, ids in zip(pieces, encoded, strict=True) if ids != [processor.piece_to_id(piece)]]
-    if lost:
-        raise RuntimeError(f"pieces that their own text is not encoded with: {lost[:5]}")
-    return processor
 
 
 def _check_arguments(
@@ -136,68 +113,46 @@ def _read(
 def _learn(
     samples: Mapping[str, Sample], vocab_size: int, character_coverage: float, threads: int | None, progress: Progress
 ) -> tuple[dict[str, Probabilities], Probabilities]:
-    """The frequency analysis of every domain, and of the concatenation of all."""
+    """The frequency analysis of every domain, and that of the concatenation of all."""
 
     def analyze(name: str, documents: list[str]) -> Probabilities:
         with _step(progress, f"analyzing {name}"):
             return vocabulary.learn(documents, vocab_size, character_coverage)
 
     with ThreadPoolExecutor(threads or len(os.sched_getaffinity(0))) as pool:
-        concatenation = None
-        if len(samples) > 1:  # first, being the longest
-            concatenation = pool.submit(analyze, "the concatenation", sampling.concatenate(samples.values()))
+        if len(samples) == 1:
+            (name, sample), *_ = samples.items()
+            learned = {name: analyze(name, sample.training)}
+            return learned, learned[name]
+        # The concatenation first: it takes longest.
+        concatenated = pool.submit(analyze, "the concatenation", sampling.concatenate(samples.values()))
         futures = {name: pool.submit(analyze, name, sample.training) for name, sample in samples.items()}
-        learned = {name: future.result() for name, future in futures.items()}
-        return learned, concatenation.result() if concatenation else next(iter(learned.values()))
+        return {name: future.result() for name, future in futures.items()}, concatenated.result()
 
 
-def _balance(
+def _merge(
     learned: Mapping[str, Probabilities],
+    concatenated: Probabilities,
     samples: Mapping[str, Sample],
-    baseline: SentencePieceProcessor,
     vocab_size: int,
     weights: Mapping[str, float] | None,
-) -> tuple[Mapping[str, float], Vocabulary]:
-    """Weights, which sum to 1, and the vocabulary merged with them; see `train`. Held-out documents are not looked at."""
-    if weights is not None:
-        weights = _normalized(weights)
-        return weights, vocabulary.merge(learned, weights, vocab_size)
-    equal = _normalized(dict.fromkeys(learned, 1.0))
-    first = vocabulary.merge(learned, equal, vocab_size)
-    served = {name: bytes_per_token(baseline, samples[name].training) for name in learned}
-    worst = min(served, key=served.__getitem__)
-    weights, merged = equal, first
-    for _ in range(_MOST_RAISES if len(learned) > 1 else 0):
-        if bytes_per_token(load(merged), samples[worst].training) >= _MARGIN * served[worst]:
-            return weights, merged
-        weights = _normalized({**weights, worst: _RAISE * weights[worst]})
-        merged = vocabulary.merge(learned, weights, vocab_size)
-    return equal, first  # nothing helps that domain, so the others need not suffer for it
-
-
-def _normalized(weights: Mapping[str, float]) -> dict[str, float]:
-    total = sum(weights.values())
-    return {name: weight / total for name, weight in weights.items()}
-
-
-def _measure(
-    learned: Mapping[str, Probabilities],
-    samples: Mapping[str, Sample],
-    tokenizers: Mapping[str, SentencePieceProcessor],
-    vocab_size: int,
-) -> dict[str, dict[str, float]]:
-    """Bytes per token on each domain's held-out documents by tokenizer; "own" is trained on that domain alone."""
-    measured = {}
+) -> tuple[Report, bytes]:
+    """The report and the model file."""
+    size = vocabulary.merge(learned, dict.fromkeys(learned, 1.0), vocab_size).size
+    if size < vocab_size:
+        raise DataError(f"vocab_size: the corpora give {size} pieces, not {vocab_size}; lower it, or add text")
+    held_out = {name: sample.held_out for name, sample in samples.items()}
+    single_corpus = merge_and_measure({"": concatenated}, {"": 1.0}, held_out, vocab_size).bytes_per_token
+    own = {}
     for name, probabilities in learned.items():
-        try:
-            own = {"own": load(vocabulary.merge({name: probabilities}, {name: 1}, vocab_size))}
-        except DataError:
-            own = {}  # the domain alone does not fill the vocabulary
-        measured[name] = {
-            tokenizer: bytes_per_token(processor, samples[name].held_out)
-            for tokenizer, processor in {**tokenizers, **own}.items()
-        }
-    return measured
+        alone = merge_and_measure({name: probabilities}, {name: 1.0}, {name: held_out[name]}, vocab_size)
+        own[name] = alone.bytes_per_token[name]
+    if weights is None:
+        merged = search(learned, held_out, single_corpus, own, vocab_size)
+    else:
+        merged = merge_and_measure(learned, weights, held_out, vocab_size)
+    model = serialize(merged.vocabulary.scores)
+    return make_report(learned, samples, merged, single_corpus, own, model), model
 
 
 def _progress(show: bool) -> Progress:

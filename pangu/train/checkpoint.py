@@ -32,6 +32,7 @@ from torch.distributed.tensor import DTensor
 from pangu import __version__
 from pangu.config import CheckpointConfig
 from pangu.errors import CheckpointError
+from pangu.files import sync, write_atomically
 
 logger = logging.getLogger(__name__)
 
@@ -163,16 +164,18 @@ class Checkpointer:
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
     def _publish(self, step: int, temporary: Path, shards: list[dict[str, Any]], metadata: dict[str, Any]) -> None:
-        _write_json(temporary / _METADATA, {"step": step, "version": __version__, **metadata})
+        write_atomically(
+            temporary / _METADATA, json.dumps({"step": step, "version": __version__, **metadata}, indent=1)
+        )
         checksums = _checksums([temporary / _DCP_METADATA, temporary / _METADATA])
         for shard in shards:
             checksums |= shard
-        _write_json(temporary / _CHECKSUMS, checksums)
-        _sync(temporary)
+        write_atomically(temporary / _CHECKSUMS, json.dumps(checksums, indent=1))
+        sync(temporary)
         final = checkpoint_path(self.folder, step)
         replaced = _set_aside(final) if final.exists() else None
         temporary.rename(final)
-        _sync(self.folder)
+        sync(self.folder)
         self._damaged.discard(step)
         if replaced:
             shutil.rmtree(replaced)
@@ -351,22 +354,6 @@ def _checksum(path: Path) -> str:
         while block := file.read(_HASH_BLOCK):
             digest.update(block)
     return f"{path.stat().st_size} bytes, sha256 {digest.hexdigest()}"
-
-
-def _write_json(path: Path, content: dict[str, Any]) -> None:
-    with path.open("w", encoding="utf-8") as file:
-        json.dump(content, file, indent=1)
-        file.flush()
-        os.fsync(file.fileno())
-
-
-def _sync(folder: Path) -> None:
-    """Make the names inside `folder` durable."""
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 def _root_cause(error: BaseException) -> str:

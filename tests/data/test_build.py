@@ -88,7 +88,7 @@ def test_documents_arrive_in_order_ended_and_described(tmp_path: Path, tokenizer
     assert result.dataset.bytes == len("first = 1\n" + "second" + "third <eod> ") + 6
 
 
-@settings(max_examples=20)
+@settings(max_examples=20, deadline=None)
 @given(documents=st.lists(st.text(st.characters(codec="utf-8"), min_size=1), min_size=1, max_size=20))
 def test_any_text_is_stored_as_the_tokenizer_encodes_it(
     tmp_path_factory: pytest.TempPathFactory, tokenizer_path: Path, documents: list[str]

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 import zstandard
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from pangu.data.corpus import list_files, read_documents, texts
@@ -76,6 +76,7 @@ def test_concatenated_zstd_frames_are_one_file(tmp_path: Path) -> None:
     assert list(texts([_write(tmp_path / "a.jsonl.zst", frames)])) == ["a", "b"]
 
 
+@settings(deadline=None)
 @given(st.lists(st.text(st.characters(codec="utf-8")), min_size=1))
 def test_any_text_comes_back_from_json_lines(tmp_path_factory: pytest.TempPathFactory, documents: list[str]) -> None:
     path = tmp_path_factory.mktemp("corpus") / "a.jsonl.zst"

@@ -1,5 +1,6 @@
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 
 import numpy as np
 import pytest
@@ -37,7 +38,7 @@ def parts(ids: np.ndarray, *markers: int) -> list[str]:
     places = [ids.tolist().index(marker) for marker in markers] + [len(ids)]
     assert places[0] == 0
     assert places == sorted(places)
-    return [TOKENIZER.decode(ids[a + 1 : b].tolist()) for a, b in zip(places, places[1:], strict=False)]
+    return [TOKENIZER.decode(ids[a + 1 : b].tolist()) for a, b in pairwise(places)]
 
 
 def test_prefix_suffix_middle() -> None:
@@ -51,10 +52,12 @@ def test_prefix_suffix_middle() -> None:
 def test_suffix_prefix_middle() -> None:
     """Yuan's SPM: <fim_prefix><fim_suffix> suffix <fim_middle> prefix middle."""
     random, twin = np.random.default_rng(3), np.random.default_rng(3)
-    nothing, suffix, prefix_and_middle = parts(rearrange(document(TEXT), TOKENIZER, 1.0, random)[:-1], PREFIX, SUFFIX, MIDDLE)
+    nothing, suffix, prefix_and_middle = parts(
+        rearrange(document(TEXT), TOKENIZER, 1.0, random)[:-1], PREFIX, SUFFIX, MIDDLE
+    )
     assert nothing == ""
     assert prefix_and_middle + suffix == TEXT
-    first, second = sorted(twin.integers(len(TEXT) + 1, size=2).tolist())
+    _, second = sorted(twin.integers(len(TEXT) + 1, size=2).tolist())
     assert suffix == TEXT[second:]
 
 
@@ -71,16 +74,16 @@ def test_every_character_boundary_is_a_cut() -> None:
 class TextWindow:
     texts: list[str]
 
-    def read(self, out: np.ndarray) -> np.ndarray:
+    def read(self, out: np.ndarray) -> list[int]:
         documents = [document(text) for text in self.texts]
         out[:] = np.concatenate(documents)[: len(out)]
         ends = np.cumsum([len(each) for each in documents])
-        return ends[ends < len(out)]
+        return ends[ends < len(out)].tolist()
 
 
 def read(window: RearrangedWindow, length: int) -> tuple[np.ndarray, list[int]]:
     out = np.empty(length, np.int64)
-    return out, window.read(out).tolist()
+    return out, window.read(out)
 
 
 def window(texts: list[str], key: int = 0, **rates: float) -> RearrangedWindow:
@@ -90,7 +93,7 @@ def window(texts: list[str], key: int = 0, **rates: float) -> RearrangedWindow:
 def test_no_document_is_touched_at_rate_0() -> None:
     plain = np.empty(100, np.int64)
     starts = TextWindow(4 * [TEXT]).read(plain)
-    assert read(window(4 * [TEXT], rate=0.0), 100)[1] == starts.tolist()
+    assert read(window(4 * [TEXT], rate=0.0), 100)[1] == starts
     assert np.array_equal(read(window(4 * [TEXT], rate=0.0), 100)[0], plain)
 
 
@@ -117,7 +120,7 @@ def test_a_shrunk_window_is_padded_and_pads_have_no_label() -> None:
     assert (ids[padding:] == PAD).all()
     assert PAD not in ids[:padding]
 
-    (batch,) = pack([stretched], 128, 1, reset_at_documents=True, reset_positions=True, pad_id=PAD)
+    batch = pack([stretched], 128, reset_at_documents=True, reset_positions=True, pad_id=PAD)
     assert batch.cu_seqlens.tolist() == [0, padding, 128]
     assert (batch.labels[padding - 1 :] == -100).all()
     assert (batch.labels[: padding - 1] != -100).all()

@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from megatron.core.datasets import indexed_dataset as megatron
 
@@ -74,6 +74,7 @@ def test_documents_of_several_sequences_written_by_megatron_are_read(tmp_path: P
     assert dataset.metadata is None
 
 
+@settings(deadline=None)
 @given(documents_strategy)
 def test_any_documents_come_back(tmp_path_factory: pytest.TempPathFactory, documents: Documents) -> None:
     dataset = _write(tmp_path_factory.mktemp("data") / "a", documents)

@@ -9,13 +9,22 @@ import numpy as np
 import pytest
 import torch
 
-from pangu.config import BatchSizeStep, Config, DataConfig, DomainConfig, ModelConfig, PhaseConfig, TrainConfig
-from pangu.data import domains
+from pangu.config import (
+    BatchSizeStep,
+    Config,
+    DataConfig,
+    DomainConfig,
+    FillInTheMiddleConfig,
+    ModelConfig,
+    PhaseConfig,
+    TrainConfig,
+)
 from pangu.data.batch import Batch
-from pangu.data.indexed_dataset import IndexedDatasetWriter, Metadata
+from pangu.data.indexed_dataset import IndexedDataset, IndexedDatasetWriter, Metadata
 from pangu.data.loader import Loader
 from pangu.data.schedule import Schedule
 from pangu.errors import ConfigError, DataError
+from pangu.tokenizer.tokenizer import Tokenizer
 
 EOD = 0
 
@@ -49,9 +58,7 @@ def config(tmp_path: Path) -> Config:
     ramp = (BatchSizeStep(tokens=100, batch_size=8),)
     phases = (
         PhaseConfig(name="one", tokens=400, sequence_length=8, batch_size=4, batch_size_ramp=ramp, learning_rate=1.0),
-        PhaseConfig(
-            name="two", sequence_length=16, batch_size=8, learning_rate=1.0, weights={"first": 3, "second": 1}
-        ),
+        PhaseConfig(name="two", sequence_length=16, batch_size=8, learning_rate=1.0, weights={"first": 3, "second": 1}),
     )
     return Config(
         model=ModelConfig(vocab_size=1000, hidden_size=8, num_layers=1, num_attention_heads=2, intermediate_size=8),
@@ -75,7 +82,9 @@ def loader(config: Config, dp_rank: int = 0, dp_size: int = 1) -> Loader:
 
 
 def same(a: Batch, b: Batch) -> bool:
-    return all(torch.equal(getattr(a, name), getattr(b, name)) for name in ("tokens", "labels", "position_ids", "cu_seqlens"))
+    return all(
+        torch.equal(getattr(a, name), getattr(b, name)) for name in ("tokens", "labels", "position_ids", "cu_seqlens")
+    )
 
 
 def rows(batches: list[Batch], sequence_length: int) -> list[list[int]]:
@@ -89,7 +98,7 @@ def test_sequences_are_windows_of_the_stored_documents(config: Config) -> None:
     following = {}
     for domain in config.data.domains.values():
         for path in domain.paths:
-            for document in domains.IndexedDataset(path):
+            for document in IndexedDataset(path):
                 following |= dict(zip(document[:-1].tolist(), document[1:].tolist(), strict=True))
     run = loader(config)
     for step in range(run.schedule.total_steps):
@@ -114,7 +123,9 @@ def test_weights_decide_the_share_of_domains(config: Config) -> None:
 
 @pytest.mark.parametrize("make", [lambda config: config, synthetic])
 @pytest.mark.parametrize(("dp_size", "micro_batch_size"), [(2, 1), (4, 1), (1, 4), (2, 2)])
-def test_ranks_and_micro_batches_do_not_change_a_step(config: Config, make, dp_size: int, micro_batch_size: int) -> None:
+def test_ranks_and_micro_batches_do_not_change_a_step(
+    config: Config, make, dp_size: int, micro_batch_size: int
+) -> None:
     config = make(config)
     split = dataclasses.replace(config, train=TrainConfig(steps=20, micro_batch_size=micro_batch_size))
     whole, ranks = loader(config), [loader(split, rank, dp_size) for rank in range(dp_size)]
@@ -259,7 +270,9 @@ def test_a_dataset_shorter_than_a_window(config: Config, tmp_path: Path) -> None
 
 def test_token_ids_beyond_the_model(config: Config, tmp_path: Path) -> None:
     path = write(tmp_path / "large", numbered(1, [100]), vocab_size=1001)
-    assert f"dataset {path} was built with 1001 token ids, but model.vocab_size is 1000" in error_of(with_paths(config, path))
+    assert f"dataset {path} was built with 1001 token ids, but model.vocab_size is 1000" in error_of(
+        with_paths(config, path)
+    )
 
 
 def test_token_ids_beyond_the_model_without_metadata(config: Config, tmp_path: Path) -> None:
@@ -275,15 +288,50 @@ def test_datasets_of_different_tokenizers(config: Config, tmp_path: Path) -> Non
     assert f"dataset {other} was built with tokenizer f2, but dataset {tmp_path}/a was built with f1" in message
 
 
-def test_datasets_of_another_tokenizer_than_configured(config: Config, monkeypatch: pytest.MonkeyPatch) -> None:
-    class FakeTokenizer:
-        def __init__(self, path: str) -> None:
-            self.fingerprint = path
+def test_datasets_of_another_tokenizer_than_configured(
+    config: Config, tmp_path: Path, tokenizer_path: Path, other_tokenizer_path: Path
+) -> None:
+    fingerprint, other = (Tokenizer(path).fingerprint for path in (tokenizer_path, other_tokenizer_path))
+    path = write(tmp_path / "ours", numbered(1, [100]), fingerprint)
+    config = with_data(config, domains={"first": DomainConfig(paths=(path,)), "second": DomainConfig(paths=(path,))})
+    loader(with_data(config, tokenizer=str(tokenizer_path)))
+    assert (
+        f"dataset {path} was built with tokenizer {fingerprint[:12]}, "
+        f"but data.tokenizer {other_tokenizer_path} is {other[:12]}"
+    ) in error_of(with_data(config, tokenizer=str(other_tokenizer_path)))
 
-    monkeypatch.setattr(domains, "Tokenizer", FakeTokenizer)
-    loader(with_data(config, tokenizer="f1"))
-    message = error_of(with_data(config, tokenizer="f2"))
-    assert "/a was built with tokenizer f1, but data.tokenizer f2 is f2" in message
+
+def test_filling_in_the_middle(config: Config, tmp_path: Path, tokenizer_path: Path) -> None:
+    tokenizer = Tokenizer(tokenizer_path)
+    texts = [f"training {number} on documents 盘古 🙂" for number in range(20)]
+    path = write(
+        tmp_path / "text", [[*tokenizer.encode(text), tokenizer.eod_id] for text in texts], tokenizer.fingerprint
+    )
+    domains = {"first": DomainConfig(paths=(path,), validation_paths=(path,)), "second": DomainConfig(paths=(path,))}
+    config = with_data(
+        config,
+        domains=domains,
+        tokenizer=str(tokenizer_path),
+        fill_in_the_middle=FillInTheMiddleConfig(rate=1.0, suffix_first_rate=0.0),
+    )
+    phase = dataclasses.replace(config.phases[1], sequence_length=200)
+    config = dataclasses.replace(config, phases=(phase,))
+    run, again = loader(config), loader(config, 1, 2)
+    batches = list(run.batches(3))
+    assert all(map(same, batches[len(batches) // 2 :], again.batches(3)))
+    restored = []
+    for batch in batches:
+        for document in torch.tensor_split(batch.tokens, batch.cu_seqlens[1:-1].long()):
+            ids = document.tolist()
+            markers = [tokenizer.fim_prefix_id, tokenizer.fim_suffix_id, tokenizer.fim_middle_id, tokenizer.eod_id]
+            if set(markers) <= set(ids):  # neither cut nor padding
+                first, second, third, end = map(ids.index, markers)
+                assert first == 0
+                parts = ids[1:second], ids[third + 1 : end], ids[second + 1 : third]
+                restored.append("".join(map(tokenizer.decode, parts)))
+    assert len(set(restored) & set(texts)) > 10
+    for batch in run.validation("first", 200, 2):
+        assert tokenizer.fim_prefix_id not in batch.tokens
 
 
 def test_memory_does_not_grow_with_the_corpus(tmp_path: Path) -> None:

@@ -47,7 +47,7 @@ def test_sources_are_code_and_documentation_is_english(small_library: Path, tmp_
     assert code["plain.py"] == "x = '盘古'\n"
     assert english["copy.py"].startswith("Module. Long")
     assert english["copy.py"].endswith("\n\nA\nClass.\n\nA.f\nDo.")
-    assert "pydoc_data/topics.py:if" in english
+    assert any(source.startswith("pydoc_data/topics.py:") for source in english)
     assert sizes == {
         "code": DomainSize(3, sum(len(text.encode()) for text in code.values())),
         "english": DomainSize(len(english), sum(len(text.encode()) for text in english.values())),

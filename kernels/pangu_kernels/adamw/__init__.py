@@ -36,16 +36,20 @@ def adamw(
     _check(params, grads, exp_avgs, exp_avg_sqs, step)
     if not params:
         return
-    if not isinstance(grad_scale, Tensor):
-        grad_scale = None if grad_scale == 1 else torch.full((), grad_scale, device=params[0].device)
-    _step(
-        list(params), list(grads), list(exp_avgs), list(exp_avg_sqs),
-        grad_scale, step, lr, beta1, beta2, eps, weight_decay,
-    )  # fmt: skip
+    if isinstance(grad_scale, Tensor):
+        scale: Tensor | None = grad_scale
+    else:
+        scale = None if grad_scale == 1 else torch.full((), grad_scale, device=params[0].device)
+    lists = (list(params), list(grads), list(exp_avgs), list(exp_avg_sqs))
+    _step(*lists, scale, step, lr, beta1, beta2, eps, weight_decay)
 
 
 def _check(
-    params: Sequence[Tensor], grads: Sequence[Tensor], exp_avgs: Sequence[Tensor], exp_avg_sqs: Sequence[Tensor], step: int
+    params: Sequence[Tensor],
+    grads: Sequence[Tensor],
+    exp_avgs: Sequence[Tensor],
+    exp_avg_sqs: Sequence[Tensor],
+    step: int,
 ) -> None:
     if step < 1:
         raise ValueError(f"adamw: step counts from 1, got {step}")

@@ -1,8 +1,11 @@
 """AdamW by PyTorch operations, in place, one tensor after the other.
 
-    p      = p * (1 - lr * weight_decay)
-    m      = beta1 m + (1 - beta1) g            v = beta2 v + (1 - beta2) g^2          with g = grad_scale * grad
-    p      = p - lr * (m / (1 - beta1^step)) / (sqrt(v / (1 - beta2^step)) + eps)
+With g = grad_scale * grad:
+
+    p = p * (1 - lr * weight_decay)
+    m = beta1 m + (1 - beta1) g
+    v = beta2 v + (1 - beta2) g^2
+    p = p - lr * (m / (1 - beta1^step)) / (sqrt(v / (1 - beta2^step)) + eps)
 """
 
 from torch import Tensor

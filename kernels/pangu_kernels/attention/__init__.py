@@ -1,4 +1,4 @@
-"""Causal attention inside packed documents of any length (Dao et al. 2022 for the kernels, GQA of Ainslie et al. 2023)."""
+"""Causal attention inside packed documents of any length, with grouped-query heads (Ainslie et al. 2023)."""
 
 from typing import Any
 

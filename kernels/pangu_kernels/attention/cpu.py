@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from pangu_kernels.attention.documents import Documents, documents
+from pangu_kernels.attention.documents import Run, document_runs
 from pangu_kernels.precision import accumulation_dtype
 
 _flash = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu.default
@@ -14,7 +14,7 @@ def forward(
     q: Tensor, k: Tensor, v: Tensor, cu_seqlens_q: Tensor, cu_seqlens_k: Tensor, scale: float
 ) -> tuple[Tensor, Tensor]:
     outs, logsumexps = [], []
-    for run in documents(cu_seqlens_q, cu_seqlens_k, q, k):
+    for run in document_runs(cu_seqlens_q, cu_seqlens_k, q, k):
         if run.q_length:
             causal, mask = _mask(run, q)
             out, logsumexp = _flash(
@@ -22,9 +22,8 @@ def forward(
             )  # [count, Hq, Tq, D], [count, Hq, Tq]
             outs.append(out.transpose(1, 2).flatten(0, 1))
             logsumexps.append(logsumexp.transpose(1, 2).flatten(0, 1))
-    if not outs:
-        return q.new_empty(q.shape), q.new_empty(q.shape[:2], dtype=accumulation_dtype(q.dtype))
-    return _joined(outs), _joined(logsumexps)
+    no_logsumexp = q.new_empty((0, q.shape[1]), dtype=accumulation_dtype(q.dtype))
+    return _joined(outs, q), _joined(logsumexps, no_logsumexp)
 
 
 def backward(
@@ -39,7 +38,7 @@ def backward(
     scale: float,
 ) -> tuple[Tensor, Tensor, Tensor]:
     d_qs, d_ks, d_vs = [], [], []
-    for run in documents(cu_seqlens_q, cu_seqlens_k, q, k):
+    for run in document_runs(cu_seqlens_q, cu_seqlens_k, q, k):
         if run.q_length:
             causal, mask = _mask(run, q)
             d_q, d_k, d_v = _flash_backward(
@@ -60,10 +59,10 @@ def backward(
         else:  # keys nobody asked
             d_ks.append(k.new_zeros((run.count * run.k_length, *k.shape[1:])))
             d_vs.append(v.new_zeros((run.count * run.k_length, *v.shape[1:])))
-    return _joined(d_qs or [q.new_empty(q.shape)]), _joined(d_ks), _joined(d_vs)
+    return _joined(d_qs, q), _joined(d_ks, k), _joined(d_vs, v)
 
 
-def _mask(run: Documents, q: Tensor) -> tuple[bool, Tensor | None]:
+def _mask(run: Run, q: Tensor) -> tuple[bool, Tensor | None]:
     """The kernel's arguments is_causal, which aligns top-left, and attn_mask, for fewer queries than keys."""
     if run.q_length == run.k_length:
         return True, None
@@ -73,5 +72,8 @@ def _mask(run: Documents, q: Tensor) -> tuple[bool, Tensor | None]:
     return False, mask.triu_(run.k_length - run.q_length + 1)
 
 
-def _joined(pieces: list[Tensor]) -> Tensor:
+def _joined(pieces: list[Tensor], like: Tensor) -> Tensor:
+    """The pieces end to end; something empty like `like` when there are none."""
+    if not pieces:
+        return torch.empty_like(like[:0])
     return pieces[0].contiguous() if len(pieces) == 1 else torch.cat(pieces)

@@ -1,15 +1,16 @@
 """Where packed documents lie: the host side of every attention kernel."""
 
+from dataclasses import dataclass, replace
 from itertools import pairwise
-from typing import NamedTuple
 
 from torch import Tensor
 
 from pangu_kernels.checks import document_bounds
 
 
-class Documents(NamedTuple):
-    """A run of `count` adjacent documents of `q_length` queries and `k_length` keys each."""
+@dataclass(frozen=True, slots=True)
+class Run:
+    """Adjacent documents of `q_length` queries and `k_length` keys each, one batched call's worth."""
 
     count: int
     q_start: int
@@ -28,11 +29,11 @@ class Documents(NamedTuple):
         return rows.unflatten(0, (self.count, self.k_length)).transpose(1, 2)
 
 
-def documents(cu_seqlens_q: Tensor, cu_seqlens_k: Tensor, q: Tensor, k: Tensor) -> list[Documents]:
-    """The documents as runs of equal lengths, so that one batched call does a run; ValueError for impossible bounds."""
+def document_runs(cu_seqlens_q: Tensor, cu_seqlens_k: Tensor, q: Tensor, k: Tensor) -> list[Run]:
+    """All documents of a batch; ValueError for impossible boundaries."""
     q_bounds = document_bounds("attention", "cu_seqlens_q", cu_seqlens_q, len(q))
     k_bounds = document_bounds("attention", "cu_seqlens_k", cu_seqlens_k, len(k))
-    runs: list[Documents] = []
+    runs: list[Run] = []
     for (q_start, q_stop), (k_start, k_stop) in zip(pairwise(q_bounds), pairwise(k_bounds), strict=True):
         q_length, k_length = q_stop - q_start, k_stop - k_start
         if q_length > k_length:
@@ -41,7 +42,7 @@ def documents(cu_seqlens_q: Tensor, cu_seqlens_k: Tensor, q: Tensor, k: Tensor) 
                 f"from row {q_start} of q on"
             )
         if runs and (q_length, k_length) == (runs[-1].q_length, runs[-1].k_length):
-            runs[-1] = runs[-1]._replace(count=runs[-1].count + 1)
+            runs[-1] = replace(runs[-1], count=runs[-1].count + 1)
         else:
-            runs.append(Documents(1, q_start, q_length, k_start, k_length))
+            runs.append(Run(1, q_start, q_length, k_start, k_length))
     return runs

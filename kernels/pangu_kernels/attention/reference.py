@@ -1,4 +1,4 @@
-"""Causal attention inside packed documents by PyTorch operations, one document run at a time, all scores at once.
+"""Causal attention inside packed documents by PyTorch operations, with all scores of a run of documents at once.
 
     scores    = scale * q k^T, -inf where key j > query i + (Tk - Tq) of the same document
     logsumexp = log sum_j exp(scores)
@@ -10,7 +10,7 @@ Query head h reads key head h // (Hq / Hkv). fp32 inside, fp64 for fp64.
 import torch
 from torch import Tensor
 
-from pangu_kernels.attention.documents import Documents, documents
+from pangu_kernels.attention.documents import Run, document_runs
 from pangu_kernels.precision import accumulation_dtype
 
 
@@ -19,7 +19,7 @@ def forward(
 ) -> tuple[Tensor, Tensor]:
     out = q.new_empty(q.shape)
     logsumexp = q.new_empty(q.shape[:2], dtype=accumulation_dtype(q.dtype))
-    for run in documents(cu_seqlens_q, cu_seqlens_k, q, k):
+    for run in document_runs(cu_seqlens_q, cu_seqlens_k, q, k):
         if run.q_length:
             scores = _scores(run, q, k, scale)
             log_total = scores.logsumexp(-1)  # [count, Hq, Tq]
@@ -40,12 +40,13 @@ def backward(
     cu_seqlens_k: Tensor,
     scale: float,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """
-        P  = exp(scores - logsumexp)                 d_v = P^T d_out
-        dS = P * (d_out v^T - sum(d_out * out))      d_q = scale * dS k      d_k = scale * dS^T q
+    """d_q, d_k and d_v by
+
+    P  = exp(scores - logsumexp)                 d_v = P^T d_out
+    dS = P * (d_out v^T - sum(d_out * out))      d_q = scale * dS k      d_k = scale * dS^T q
     """
     d_q, d_k, d_v = (x.new_zeros(x.shape) for x in (q, k, v))
-    for run in documents(cu_seqlens_q, cu_seqlens_k, q, k):
+    for run in document_runs(cu_seqlens_q, cu_seqlens_k, q, k):
         if run.q_length:
             wide_q, wide_out, wide_d_out = (run.queries(x).to(logsumexp.dtype) for x in (q, out, d_out))
             wide_k, wide_v = _per_query_head(run, k, q), _per_query_head(run, v, q)
@@ -58,7 +59,7 @@ def backward(
     return d_q, d_k, d_v
 
 
-def _scores(run: Documents, q: Tensor, k: Tensor, scale: float) -> Tensor:
+def _scores(run: Run, q: Tensor, k: Tensor, scale: float) -> Tensor:
     """`[count, Hq, Tq, Tk]`"""
     wide_k = _per_query_head(run, k, q)
     scores = run.queries(q).to(wide_k.dtype) @ wide_k.mT * scale
@@ -66,7 +67,7 @@ def _scores(run: Documents, q: Tensor, k: Tensor, scale: float) -> Tensor:
     return scores.masked_fill(~visible, float("-inf"))
 
 
-def _per_query_head(run: Documents, x: Tensor, q: Tensor) -> Tensor:
+def _per_query_head(run: Run, x: Tensor, q: Tensor) -> Tensor:
     """Keys or values of the run, repeated to one per query head: `[count, Hq, Tk, D]`."""
     return run.keys(x).to(accumulation_dtype(x.dtype)).repeat_interleave(q.shape[1] // x.shape[1], dim=1)
 

@@ -78,8 +78,8 @@ def backward(d_loss: Tensor, d_x: Tensor, d_weight: Tensor) -> None:
 
 def _rows_per_chunk(num_tokens: int, vocab_size: int, chunk_size: int) -> int:
     most = chunk_size or max(1, CHUNK_BYTES // (4 * vocab_size))
-    num_chunks = max(1, -(-num_tokens // most))
-    return -(-num_tokens // num_chunks)  # the last chunk is about as large as the others
+    num_chunks = -(-num_tokens // most) or 1
+    return -(-num_tokens // num_chunks) or 1  # the last chunk is about as large as the others
 
 
 def _check_labels(labels: Tensor, vocab_size: int) -> None:

@@ -38,9 +38,10 @@ def convolve(x: Tensor, weight: Tensor, bias: Tensor, starts: Tensor) -> Tensor:
 
 
 def convolve_backward(d_y: Tensor, x: Tensor, weight: Tensor, starts: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """
-        d_x[t]  = before^T d_y[t+1] + now^T d_y[t]               (without the first term at a document's end)
-        d_before = sum d_y[t] x[t-1]^T    d_now = sum d_y[t] x[t]^T    d_bias = sum d_y[t]
+    """d_x, d_weight and d_bias by
+
+    d_x[t]   = before^T d_y[t+1] + now^T d_y[t]               (without the first term at a document's end)
+    d_before = sum d_y[t] x[t-1]^T    d_now = sum d_y[t] x[t]^T    d_bias = sum d_y[t]
     """
     before, now = weight.to(x.dtype).unbind(-1)
     d_x = d_y @ now

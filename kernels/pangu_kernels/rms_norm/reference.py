@@ -1,7 +1,7 @@
-"""RMSNorm by PyTorch operations, with the statistics in fp32 (fp64 for fp64).
+"""RMSNorm by PyTorch operations, with the statistics in fp32 (fp64 for fp64):
 
-    rstd = 1 / sqrt(mean(x^2) + eps)
-    y    = x * rstd * weight
+rstd = 1 / sqrt(mean(x^2) + eps)
+y    = x * rstd * weight
 """
 
 import torch
@@ -19,9 +19,10 @@ def forward(x: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
 
 
 def backward(d_y: Tensor, x: Tensor, weight: Tensor, rstd: Tensor) -> tuple[Tensor, Tensor]:
-    """
-        d_x      = rstd * (weight * d_y - x * rstd^2 * mean(weight * d_y * x))
-        d_weight = sum over tokens of d_y * x * rstd
+    """d_x and d_weight by
+
+    d_x      = rstd * (weight * d_y - x * rstd^2 * mean(weight * d_y * x))
+    d_weight = sum over tokens of d_y * x * rstd
     """
     wide_x, wide_d_y = widen(x), widen(d_y)
     wide_weight = weight.to(wide_x.dtype)

@@ -55,9 +55,7 @@ class _SandwichNorm(torch.autograd.Function):
         return new_residual, None if pre_weight is None else normed
 
     @staticmethod
-    def backward(
-        ctx: Any, d_new_residual: Tensor | None, d_normed: Tensor | None
-    ) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Any, d_new_residual: Tensor | None, d_normed: Tensor | None) -> tuple[Tensor | None, ...]:
         if d_new_residual is None and d_normed is None:
             return None, None, None, None, None
         y, new_residual, post_weight, pre_weight, post_rstd, pre_rstd = ctx.saved_tensors

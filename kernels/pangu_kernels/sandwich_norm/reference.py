@@ -36,9 +36,10 @@ def backward(
     post_rstd: Tensor,
     pre_rstd: Tensor,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """
-    d_residual       = d_new_residual + d(pre-norm)             (empty without a pre-norm: d_new_residual as it came)
-    d_y              = d(post-norm) of d_residual               (empty without a post-norm: d_residual)
+    """d_residual, d_y, d_post_weight and d_pre_weight.
+
+    d_residual is d_new_residual plus what comes through the pre-norm: empty without one, since it is d_new_residual
+    then. d_y is d_residual through the post-norm: empty without one, since it is d_residual then.
     """
     d_sum, d_residual, d_pre_weight = d_new_residual, post_rstd.new_empty(0), pre_rstd.new_empty(0)
     d_y, d_post_weight = post_rstd.new_empty(0), post_rstd.new_empty(0)

@@ -13,7 +13,8 @@ def forward(x: Tensor) -> Tensor:
 
 
 def backward(d_y: Tensor, x: Tensor) -> Tensor:
-    """
+    """d_x = (d_gate, d_up) by
+
     d_gate = d_y * up * silu'(gate)
     d_up   = d_y * silu(gate)
     """
