@@ -1,6 +1,7 @@
 """The `pangu` command: one subcommand per package, nothing else."""
 
 import argparse
+import dataclasses
 import sys
 import traceback
 from collections.abc import Sequence
@@ -49,7 +50,7 @@ def _add_train(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") 
     command = commands.add_parser(
         "train",
         help="pre-train a model",
-        description="Train CONFIG into RUN. --section.field value overrides any field of it, --phases.0.field a phase's.",
+        description="Train CONFIG into RUN. --section.field value overrides a field of it, --phases.0.field a phase's.",
     )
     command.add_argument("config", metavar="CONFIG", help="a TOML file, or the name of one in configs/")
     command.add_argument("--output", metavar="RUN", type=Path, help="folder of the run (default: runs/CONFIG)")
@@ -136,7 +137,7 @@ def _add_export(commands: "argparse._SubParsersAction[argparse.ArgumentParser]")
         "--target",
         default="auto",
         choices=["auto", "llama", "glm4", "hyperclovax", "pangu_embedded"],
-        help="layout; auto: llama for pre-norm, glm4 for sandwich norm",
+        help="layout; auto: llama for pre-norm, glm4 for sandwich norm, hyperclovax where glm4 cannot",
     )
     command.add_argument("--dtype", default="fp32", choices=["fp32", "bf16"])
     command.add_argument("--step", type=int, help="which checkpoint (default: the newest complete one)")
@@ -145,19 +146,19 @@ def _add_export(commands: "argparse._SubParsersAction[argparse.ArgumentParser]")
 
 def _export(options: argparse.Namespace) -> None:
     from pangu.convert import export
-    from pangu.train.run import load_model, tokenizer_path
+    from pangu.train.run import load_model, longest_sequence, tokenizer_path
 
     model = load_model(options.run_folder, options.step)
-    export(
+    target = export(
         dict(model.named_parameters()),
-        model.config,
+        dataclasses.replace(model.config, max_position_embeddings=longest_sequence(options.run_folder)),
         options.output,
         target=options.target,
         dtype=options.dtype,
         tokenizer=tokenizer_path(options.run_folder),
         rope_base=model.rope_base,
     )
-    print(f"wrote {options.output}")
+    print(f"wrote {options.output} ({target})")
 
 
 def _add_import(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:

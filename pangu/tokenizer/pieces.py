@@ -10,6 +10,7 @@ changes no segmentation, and all the Viterbi scores of a word are small enough t
 
 import re
 from collections.abc import Mapping
+from typing import Any
 
 SPECIAL_PIECES = ("<unk>", "<pad>", "<eod>", "<sep>", "<fim_prefix>", "<fim_suffix>", "<fim_middle>")
 """<unk> is demanded by sentencepiece and never produced. <eod> ends every document. There is no <bos>: what precedes a
@@ -55,10 +56,16 @@ def is_allowed(piece: str) -> bool:
     )
 
 
+def model_schema() -> Any:
+    """The protobuf messages of sentencepiece's model files."""
+    from sentencepiece import sentencepiece_model_pb2
+
+    return sentencepiece_model_pb2
+
+
 def serialize(scores: Mapping[str, int]) -> bytes:
     """A sentencepiece model file of the learned pieces, in the order given, and their scores in 1 / SCORE_STEPS."""
-    from sentencepiece import sentencepiece_model_pb2 as schema
-
+    schema = model_schema()
     kind = schema.ModelProto.SentencePiece
     model = schema.ModelProto()
     for piece in SPECIAL_PIECES:
@@ -72,6 +79,7 @@ def serialize(scores: Mapping[str, int]) -> bytes:
     trainer.vocab_size = len(model.pieces)
     trainer.byte_fallback = trainer.split_digits = trainer.allow_whitespace_only_pieces = True
     trainer.unk_piece, trainer.pad_piece, trainer.eos_piece = "<unk>", "<pad>", "<eod>"
+    trainer.unk_surface = ""  # what <unk> decodes to
     trainer.unk_id, trainer.pad_id, trainer.eos_id, trainer.bos_id = 0, 1, 2, -1
     normalizer = model.normalizer_spec
     normalizer.name = "identity"

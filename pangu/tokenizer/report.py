@@ -140,7 +140,8 @@ def _origins(learned: Mapping[str, Probabilities], merged: Merged) -> tuple[Coun
     pieces: Counter[str] = Counter()
     unshared: Counter[str] = Counter()
     for piece in merged.vocabulary.scores:
-        contributions = {name: merged.weights[name] * learned[name][piece] for name in learned if piece in learned[name]}
+        proposing = [name for name in learned if piece in learned[name]]
+        contributions = {name: merged.weights[name] * learned[name][piece] for name in proposing}
         pieces[max(contributions, key=lambda name: contributions[name])] += 1
         if len(contributions) == 1:
             unshared.update(contributions.keys())
@@ -159,7 +160,7 @@ def _caption(report: Report) -> str:
         (least, before), (least_now, now) = (min(s.items(), key=lambda item: item[1]) for s in (single, merged))
         lines += [
             f"Fewest by the single corpus: {report.worst_domain}, "
-            + ("improved." if report.worst_domain_improved else "NOT improved; a larger weight would help it."),
-            f"Furthest below its own: {least}, at {before:.1%}; now {least_now}, at {now:.1%}.",
+            f"{'improved' if report.worst_domain_improved else 'not improved'}.",
+            f"Furthest below its own: {least} by the single corpus, at {before:.1%}; merged {least_now}, at {now:.1%}.",
         ]
     return "\n".join(lines)

@@ -6,7 +6,7 @@ import re
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 
-LONGEST_DOCUMENT = 1 << 16
+LONGEST_DOCUMENT = 1 << 14
 """Characters; a longer document is cut at line ends and counts as several."""
 
 HELD_OUT_FRACTION = 0.05

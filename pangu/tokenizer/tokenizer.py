@@ -31,7 +31,7 @@ class Tokenizer:
         try:
             content = self.path.read_bytes()
         except OSError as error:
-            raise DataError(f"{path}: cannot be read ({error.strerror}); is it the model file of a tokenizer?") from None
+            raise DataError(f"{path}: cannot be read ({error.strerror}); name a tokenizer's model file") from None
         self.fingerprint = hashlib.sha256(content).hexdigest()
         """sha256 of the model file, in hexadecimal."""
         self._processor = _load(content, str(path))

@@ -60,7 +60,7 @@ def train(
         write_atomically(output / REPORT_FILE, report.json())
         write_atomically(output / MODEL_FILE, model)
     except OSError as error:
-        raise DataError(f"{output}: cannot be written ({error.strerror}); free space or choose another folder") from None
+        raise DataError(f"{output}: cannot be written ({error.strerror}); free some space or name another") from None
     Console().print(table(report))
     return report
 
@@ -103,8 +103,8 @@ def _read(
             sample = sampling.draw(texts(paths, text_field), sample_bytes, f"{seed} {name}")
         if not sample.held_out:
             raise DataError(
-                f"domain {name!r} has {sample.bytes} bytes in {sample.documents} documents ({', '.join(map(str, paths))}); "
-                "at least two documents are needed, one of them to measure on"
+                f"domain {name!r} ({', '.join(map(str, paths))}) has {sample.documents} documents, {sample.bytes} bytes; "
+                "it needs two at least, one of them to measure on"
             )
         samples[name] = sample
     return samples

@@ -17,8 +17,8 @@ _NEVER = -1e9
 def save_for_transformers(tokenizer: Tokenizer, folder: Path) -> None:
     """Write tokenizer.json, tokenizer_config.json and tokenizer.model to `folder`.
 
-    `AutoTokenizer.from_pretrained(folder)` then gives the same ids for any text, adds none at its ends, and has <eod> as
-    `eos_token`. `split_special_tokens` is on: a special piece spelled out in a text is text, as it is for us.
+    `AutoTokenizer.from_pretrained(folder)` then gives the same ids for any text, adds none at its ends, and its
+    `eos_token` is <eod>. `split_special_tokens` is on: a special piece spelled out in a text is text, as it is for us.
     """
     folder.mkdir(parents=True, exist_ok=True)
     write_atomically(folder / "tokenizer.json", json.dumps(_tokenizer_json(tokenizer), ensure_ascii=False, indent=1))

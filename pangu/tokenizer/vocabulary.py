@@ -19,7 +19,9 @@ from pangu.tokenizer.pieces import (
     LOWEST_SCORE,
     SCORE_STEPS,
     SPECIAL_PIECES,
+    WORD,
     is_allowed,
+    model_schema,
 )
 
 Probabilities = Mapping[str, float]
@@ -58,15 +60,14 @@ def learn(documents: Iterable[str], vocab_size: int, character_coverage: float) 
     Characters are kept by falling frequency until they cover `character_coverage` of the text; `ALPHABET` always is.
     """
     import sentencepiece
-    from sentencepiece import sentencepiece_model_pb2 as schema
 
-    lines = list(_lines(documents))
-    if not lines:
+    words = list(_words(documents))
+    if not words:
         return dict.fromkeys(ALPHABET, _UNSEEN)
-    alphabet = set().union(*lines)
+    alphabet = set().union(*words)
     model = io.BytesIO()
     sentencepiece.SentencePieceTrainer.train(
-        sentence_iterator=iter(lines),
+        sentence_iterator=iter(words),
         model_writer=model,
         model_type="unigram",
         vocab_size=vocab_size + len(alphabet),
@@ -87,8 +88,9 @@ def learn(documents: Iterable[str], vocab_size: int, character_coverage: float) 
         num_threads=1,  # sums over threads would depend on their number
         minloglevel=2,
     )
-    pieces = schema.ModelProto.FromString(model.getvalue()).pieces
-    normal = schema.ModelProto.SentencePiece.NORMAL
+    schema = model_schema().ModelProto
+    pieces = schema.FromString(model.getvalue()).pieces
+    normal = schema.SentencePiece.NORMAL
     learned = {piece.piece.translate(_FROM_TRAINER): math.exp(piece.score) for piece in pieces if piece.type == normal}
     allowed = {piece: probability for piece, probability in learned.items() if is_allowed(piece)}
     total = sum(allowed.values())
@@ -151,9 +153,13 @@ def _best_score(text: str, scores: Mapping[str, int]) -> int:
     return best[-1]
 
 
-def _lines(documents: Iterable[str]) -> Iterator[str]:
-    """Lines with the newlines that end them, of bounded length, as the trainer is to see them."""
+def _words(documents: Iterable[str]) -> Iterator[str]:
+    """Words as the trainer is to see them.
+
+    Not lines, because it only considers substrings that occur in different surroundings, and would never think of a
+    word that always follows the same other.
+    """
     for document in documents:
-        for line in re.findall(r"[^\n]{0,1000}\n{1,1000}|[^\n]{1,1000}", document):
-            if line := line.translate(_TO_TRAINER):
-                yield line
+        for word in re.findall(WORD, document):
+            if word := word.translate(_TO_TRAINER):
+                yield word

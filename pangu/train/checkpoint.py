@@ -16,7 +16,7 @@ import logging
 import os
 import shutil
 import warnings
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, TypeVar
@@ -99,10 +99,10 @@ class Checkpointer:
         self.wait()
         return max(_on_rank_0(lambda: complete_steps(self.folder), self.group), default=None)
 
-    def load(self, state: dict[str, Any], step: int | None = None) -> dict[str, Any]:
+    def load(self, state: dict[str, Any], step: int | None = None, *, optional: Collection[str] = ()) -> dict[str, Any]:
         """`load_checkpoint` from this run's folder. The next save removes the damaged checkpoints it passed over."""
         self.wait()
-        metadata = load_checkpoint(self.folder, state, step, self.group)
+        metadata = load_checkpoint(self.folder, state, step, self.group, optional=optional)
         if step is None:
             self._damaged = {other for other in complete_steps(self.folder) if other > metadata["step"]}
         return metadata
@@ -205,12 +205,18 @@ def complete_steps(folder: Path) -> list[int]:
 
 
 def load_checkpoint(
-    folder: Path, state: dict[str, Any], step: int | None = None, group: dist.ProcessGroup | None = None
+    folder: Path,
+    state: dict[str, Any],
+    step: int | None = None,
+    group: dist.ProcessGroup | None = None,
+    *,
+    optional: Collection[str] = (),
 ) -> dict[str, Any]:
     """Fill `state` from the checkpoint of `step`, or from the newest intact one, and return its metadata.
 
     `state` is built as for `Checkpointer.save`, in any parallel layout; it may leave out top-level entries (only
-    `{"model": ...}` for inference). Tensors are filled in place, other leaves are replaced in their dictionaries.
+    `{"model": ...}` for inference), and those named in `optional` stay as they are where the checkpoint has none of
+    them. Tensors are filled in place, other leaves are replaced in their dictionaries.
     Files are verified first; a damaged checkpoint is named in a warning and the one before it is used.
     Raises `CheckpointError`, with `state` untouched, when no checkpoint is intact (or not the one asked for), or when
     it is of another model.
@@ -224,7 +230,7 @@ def load_checkpoint(
         path = checkpoint_path(folder, candidate)
         damage = verify(path, group)
         if damage is None:
-            return _load_intact(path, state, group)
+            return _load_intact(path, state, group, optional)
         if step is not None:
             raise CheckpointError(f"{path} is damaged: {damage}; choose another step of {known}")
         logger.warning("%s is damaged: %s; falling back to the checkpoint before it", path, damage)
@@ -250,18 +256,24 @@ def verify(path: Path, group: dist.ProcessGroup | None = None) -> str | None:
     return next((found for found in _collect(problem, group) if found), None)
 
 
-def _load_intact(path: Path, state: dict[str, Any], group: dist.ProcessGroup | None) -> dict[str, Any]:
+def _load_intact(
+    path: Path, state: dict[str, Any], group: dist.ProcessGroup | None, optional: Collection[str]
+) -> dict[str, Any]:
     try:
-        _check_same_model(path, state, group)
+        record = dcp.FileSystemReader(path).read_metadata().state_dict_metadata
+        entries = {name.partition(".")[0] for name in record}
+        state = {name: entry for name, entry in state.items() if name in entries or name not in optional}
+        _check_same_model(path, record, state, group)
         dcp.load(state, checkpoint_id=path, process_group=group)
         return json.loads((path / _METADATA).read_bytes())
     except (OSError, CheckpointException) as error:
         raise CheckpointError(f"{path} cannot be read: {_root_cause(error)}") from error
 
 
-def _check_same_model(path: Path, state: dict[str, Any], group: dist.ProcessGroup | None) -> None:
+def _check_same_model(
+    path: Path, record: dict[str, Any], state: dict[str, Any], group: dist.ProcessGroup | None
+) -> None:
     """Compare names, global shapes and dtypes with DCP's own record of them, before anything is read."""
-    record = dcp.FileSystemReader(path).read_metadata().state_dict_metadata
     saved = {name: _describe(entry) for name, entry in record.items() if name.partition(".")[0] in state}
     wanted = {name: _describe(leaf) for name, leaf in _leaves(state)}
     differing = [name for name, here in wanted.items() if saved.get(name) != here]

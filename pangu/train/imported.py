@@ -3,9 +3,6 @@
 import dataclasses
 import shutil
 from pathlib import Path
-from typing import Any
-
-import torch
 
 from pangu import config as configuration
 from pangu.config import CheckpointConfig, Config, ModelConfig
@@ -17,7 +14,7 @@ from pangu.train.run import CHECKPOINTS, CONFIG, TOKENIZER
 
 
 def import_run(folder: Path, run: Path) -> None:
-    """Make `run` of a Hugging Face folder: its weights as the checkpoint of step 0, with a fresh optimizer.
+    """Make `run` of a Hugging Face folder: its weights as the checkpoint of step 0, to be trained by a fresh optimizer.
 
     Raises `ConversionError` when the folder cannot be read, `ConfigError` when `run` exists.
     """
@@ -25,21 +22,8 @@ def import_run(folder: Path, run: Path) -> None:
         raise ConfigError(f"{run} is not empty; choose another --output or delete it")
     imported = import_(folder)
     config = _imported_config(imported.config)
-    model = {name: imported.tensors[name] for name in imported.tensors}
-    state: dict[str, Any] = {
-        "model": model,
-        "optimizer": {
-            moment: {name: torch.zeros_like(tensor) for name, tensor in model.items()}
-            for moment in ("exp_avg", "exp_avg_sq")
-        },
-        "rng": {"cpu": torch.get_rng_state()},
-    }
-    metadata = {
-        "counters": {},
-        "spikes": None,
-        "config": configuration.to_tree(config),
-        "rope_base": config.model.rope_base,
-    }
+    state = {"model": dict(imported.tensors)}
+    metadata = {"counters": {}, "config": configuration.to_tree(config), "rope_base": config.model.rope_base}
     with Checkpointer(run / CHECKPOINTS, CheckpointConfig()) as checkpointer:
         checkpointer.save(0, state, metadata, asynchronous=False)
     if imported.tokenizer is not None:

@@ -23,6 +23,12 @@ def run_config(run: Path) -> Config:
     return configuration.from_tree(configuration.read_toml(path), str(path))
 
 
+def longest_sequence(run: Path) -> int:
+    """Tokens of the longest sequences the run's model is for, by its config and its phases."""
+    config = run_config(run)
+    return max(config.model.max_position_embeddings, *(phase.sequence_length for phase in config.phases))
+
+
 def tokenizer_path(run: Path) -> Path | None:
     """The tokenizer of a run's data, which training copied into the run; None for a run without one."""
     path = run / TOKENIZER

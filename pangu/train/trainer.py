@@ -241,10 +241,10 @@ class Trainer:
         if self.checkpointer.latest() is None:
             return
         state = self._state()
-        metadata = self.checkpointer.load(state)
+        metadata = self.checkpointer.load(state, optional=("optimizer", "rng"))  # an imported model has neither
         torch.set_rng_state(state["rng"]["cpu"])
         self.counters = Counters(**metadata["counters"])
-        if metadata["spikes"] is not None:
+        if "spikes" in metadata:
             self.spikes.load_state_dict(metadata["spikes"])
 
     def _state(self) -> dict[str, Any]:

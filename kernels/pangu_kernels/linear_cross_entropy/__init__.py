@@ -6,9 +6,9 @@ import torch
 from torch import Tensor
 
 from pangu_kernels.checks import check_operand, check_tensor, describe
-from pangu_kernels.linear_cross_entropy import reference
+from pangu_kernels.linear_cross_entropy import cpu, reference
 from pangu_kernels.precision import accumulation_dtype
-from pangu_kernels.registration import define
+from pangu_kernels.registration import define, implement
 
 
 def linear_cross_entropy(
@@ -105,3 +105,4 @@ _backward = define(
     reference=reference.backward,
     fake=_fake_backward,
 )
+implement("linear_cross_entropy", "cpu", cpu.forward)

@@ -5,14 +5,33 @@ recompute the logits in backward would take a fourth and save nothing: the gradi
 kept, lives until the optimizer's step anyway.
 """
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 
 from pangu_kernels.precision import accumulation_dtype, widen
 
+ChunkLoss = Callable[[Tensor, Tensor, Tensor, bool], Tensor]
+
 IGNORED = -100
 CHUNK_BYTES = 2**27
 """fp32 logits held at once: below about 100 rows of a large vocabulary the matmuls slow down, above nothing is won."""
+
+
+def softmax_cross_entropy_(logits: Tensor, labels: Tensor, token_weights: Tensor, needs_grad: bool) -> Tensor:
+    """Losses `[C]` of logits `[C, V]`, which become `token_weights * (softmax - one_hot(labels))` in place.
+
+    Over a sharded vocabulary three things would be reduced over the shards: maximum (max), label_logit and total (sum).
+    """
+    present = labels.clamp_min(0)
+    maximum = logits.amax(-1)
+    label_logit = logits.gather(1, present.unsqueeze(1)).squeeze(1)
+    total = logits.sub_(maximum.unsqueeze(1)).exp_().sum(-1)
+    if needs_grad:
+        logits.mul_((token_weights / total).unsqueeze(1))
+        logits[torch.arange(len(labels), device=labels.device), present] -= token_weights
+    return (total.log() + maximum - label_logit).masked_fill_(labels == IGNORED, 0)
 
 
 def forward(
@@ -23,8 +42,13 @@ def forward(
     chunk_size: int,
     x_needs_grad: bool,
     weight_needs_grad: bool,
+    loss_and_gradient_: ChunkLoss = softmax_cross_entropy_,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """The loss, every token's loss, d_x and d_weight; a gradient that is not needed is an empty tensor."""
+    """The loss, every token's loss, d_x and d_weight; a gradient that is not needed is an empty tensor.
+
+    A device with a kernel for the softmax of a chunk passes it in place of the one above.
+    """
+    needs_grad = x_needs_grad or weight_needs_grad
     _check_labels(labels, len(weight))
     dtype = accumulation_dtype(x.dtype)
     ignored = labels == IGNORED
@@ -38,34 +62,14 @@ def forward(
     for start in range(0, len(x), rows):
         chunk = slice(start, min(start + rows, len(x)))
         logits = widen(torch.mm(x[chunk], weight_as_x.T, out=buffer[: chunk.stop - start]))
-        token_loss[chunk], total = exponentials_(logits, labels[chunk])
-        if x_needs_grad or weight_needs_grad:
-            d_logits = gradient_(logits, total, labels[chunk], token_weights[chunk])
+        token_loss[chunk] = loss_and_gradient_(logits, labels[chunk], token_weights[chunk], needs_grad)
         if x_needs_grad:
-            torch.mm(d_logits.to(x.dtype), weight_as_x, out=d_x[chunk])
+            torch.mm(logits.to(x.dtype), weight_as_x, out=d_x[chunk])
         if weight_needs_grad:  # with beta 0, in the first chunk, what the buffer held does not matter
-            torch.addmm(d_weight, d_logits.T, widen(x[chunk]), beta=int(start > 0), out=d_weight)
+            torch.addmm(d_weight, logits.T, widen(x[chunk]), beta=int(start > 0), out=d_weight)
     if not len(x):
         d_weight.zero_()
     return token_loss @ token_weights, token_loss, d_x, d_weight.to(weight.dtype)
-
-
-def exponentials_(logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
-    """Turn logits `[C, V]` into exp(logits - their maximum), in place; every token's loss and sum `[C]`.
-
-    Over a sharded vocabulary three things would be reduced over the shards: maximum (max), label_logit and total (sum).
-    """
-    maximum = logits.amax(-1)
-    label_logit = logits.gather(1, labels.clamp_min(0).unsqueeze(1)).squeeze(1)
-    total = logits.sub_(maximum.unsqueeze(1)).exp_().sum(-1)
-    return (total.log() + maximum - label_logit).masked_fill_(labels == IGNORED, 0), total
-
-
-def gradient_(exponentials: Tensor, total: Tensor, labels: Tensor, token_weights: Tensor) -> Tensor:
-    """`token_weights * (softmax - one_hot(labels))` from the above, in place."""
-    exponentials.mul_((token_weights / total).unsqueeze(1))
-    exponentials[torch.arange(len(labels), device=labels.device), labels.clamp_min(0)] -= token_weights
-    return exponentials
 
 
 def backward(d_loss: Tensor, d_x: Tensor, d_weight: Tensor) -> None:

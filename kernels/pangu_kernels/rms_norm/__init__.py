@@ -7,8 +7,8 @@ from torch import Tensor
 
 from pangu_kernels.checks import check_operand, check_tensor
 from pangu_kernels.precision import accumulation_dtype
-from pangu_kernels.registration import define
-from pangu_kernels.rms_norm import reference
+from pangu_kernels.registration import define, implement
+from pangu_kernels.rms_norm import cpu, reference
 
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
@@ -56,3 +56,5 @@ _backward = define(
     reference=reference.backward,
     fake=_fake_backward,
 )
+implement("rms_norm", "cpu", cpu.forward)
+implement("rms_norm_backward", "cpu", cpu.backward)

@@ -6,8 +6,8 @@ import torch
 from torch import Tensor
 
 from pangu_kernels.checks import check_operand, check_tensor
-from pangu_kernels.registration import define
-from pangu_kernels.rope import reference
+from pangu_kernels.registration import define, implement
+from pangu_kernels.rope import cpu, reference
 
 
 def rope(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
@@ -48,3 +48,5 @@ _forward = define("rope(Tensor x, Tensor cos, Tensor sin) -> Tensor", reference=
 _backward = define(
     "rope_backward(Tensor d_y, Tensor cos, Tensor sin) -> Tensor", reference=reference.backward, fake=_fake
 )
+implement("rope", "cpu", cpu.forward)
+implement("rope_backward", "cpu", cpu.backward)

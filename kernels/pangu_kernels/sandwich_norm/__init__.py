@@ -7,8 +7,8 @@ from torch import Tensor
 
 from pangu_kernels.checks import check_operand, check_same_dtype, check_tensor
 from pangu_kernels.precision import accumulation_dtype
-from pangu_kernels.registration import define
-from pangu_kernels.sandwich_norm import reference
+from pangu_kernels.registration import define, implement
+from pangu_kernels.sandwich_norm import cpu, reference
 
 
 def sandwich_norm(
@@ -119,3 +119,5 @@ _backward = define(
     reference=reference.backward,
     fake=_fake_backward,
 )
+implement("sandwich_norm", "cpu", cpu.forward)
+implement("sandwich_norm_backward", "cpu", cpu.backward)

@@ -6,8 +6,8 @@ import torch
 from torch import Tensor
 
 from pangu_kernels.checks import check_tensor
-from pangu_kernels.registration import define
-from pangu_kernels.swiglu import reference
+from pangu_kernels.registration import define, implement
+from pangu_kernels.swiglu import cpu, reference
 
 
 def swiglu(x: Tensor) -> Tensor:
@@ -45,3 +45,5 @@ def _fake_backward(d_y: Tensor, x: Tensor) -> Tensor:
 
 _forward = define("swiglu(Tensor x) -> Tensor", reference=reference.forward, fake=_fake_forward)
 _backward = define("swiglu_backward(Tensor d_y, Tensor x) -> Tensor", reference=reference.backward, fake=_fake_backward)
+implement("swiglu", "cpu", cpu.forward)
+implement("swiglu_backward", "cpu", cpu.backward)
