@@ -10,7 +10,8 @@ spaced as can be. Domain-local counts follow in closed form: full cycles times t
 the stream is cut into equal strata, which are consumed side by side from front to back: a phase reads, from each
 stratum, the stretch that follows the previous phase's. With one stratum a phase would see one contiguous part of the
 corpus; with up to 64 it sees samples from all over it. How much a phase consumes follows from its tokens alone, never
-from `train.steps`, and phases appended later change nothing before them. An open-ended phase has the rest of the epoch.
+from `train.steps`, and phases appended later change nothing before them (unless they are the first to list a domain as
+curriculum). An open-ended phase has the rest of the epoch.
 An exhausted domain is read again from the front of its strata. What stays unread is less than one window per stratum at
 the end of an epoch, and at most that at the end of a phase.
 
@@ -96,8 +97,7 @@ def lay_out(stratum_tokens: int, offset: int, sequence_length: int, rows: int | 
     if rows <= rest_of_epoch:
         return Region(offset, rows, epoch_rows, 0, offset + rows * sequence_length)
     later = rows - rest_of_epoch
-    in_last_epoch = (later - 1) % epoch_rows + 1
-    return Region(offset, rest_of_epoch, epoch_rows, later, in_last_epoch * sequence_length)
+    return Region(offset, rest_of_epoch, epoch_rows, later, later % epoch_rows * sequence_length)
 
 
 @dataclass(frozen=True)

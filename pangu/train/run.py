@@ -31,6 +31,7 @@ def longest_sequence(run: Path) -> int:
 
 def tokenizer_path(run: Path) -> Path | None:
     """The tokenizer of a run's data, which training copied into the run; None for a run without one."""
+    run_config(run)
     path = run / TOKENIZER
     return path if path.is_file() else None
 

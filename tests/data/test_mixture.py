@@ -59,6 +59,9 @@ def test_permutation_looks_random() -> None:
     assert (results == np.arange(size)).sum(axis=1).mean() == pytest.approx(1, abs=0.5)  # fixed points
     neighbours = np.abs(np.diff(results, axis=1)).mean()
     assert neighbours == pytest.approx(size / 3, rel=0.01)
+    # Entries that share a digit inside the Feistel network do not stay together.
+    upper = results // 64
+    assert ((upper[:, 64:] - upper[:, :-64]) % 64 == 1).mean() == pytest.approx(1 / 64, rel=0.2)
     assert np.abs(results.mean(axis=0) - (size - 1) / 2).max() < 6 * size / np.sqrt(12 * 50)
 
 

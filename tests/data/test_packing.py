@@ -57,9 +57,7 @@ def test_no_reset() -> None:
 
 
 def test_padding_has_no_label() -> None:
-    batch = pack(
-        windows([[5, EOD], [PAD, PAD, PAD]]), 4, reset_at_documents=False, reset_positions=True, pad_id=PAD
-    )
+    batch = pack(windows([[5, EOD], [PAD, PAD, PAD]]), 4, reset_at_documents=False, reset_positions=True, pad_id=PAD)
     assert batch.labels.tolist() == [EOD, -100, -100, -100]
 
 
