@@ -7,6 +7,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from pangu.cli import main
 
@@ -109,11 +110,58 @@ def test_debug_shows_the_traceback(capsys: pytest.CaptureFixture[str]) -> None:
     assert "Traceback" in err
 
 
-def test_a_dataset_of_another_tokenizer_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    corpus = tmp_path / "corpus"
-    corpus.mkdir()
+@pytest.fixture
+def corpus(tmp_path: Path) -> Path:
+    """Some of the standard library's sources."""
+    folder = tmp_path / "corpus"
+    folder.mkdir()
     for source in sorted(Path(argparse.__file__).parent.glob("[a-d]*.py")):
-        shutil.copy(source, corpus)
+        shutil.copy(source, folder)
+    return folder
+
+
+def test_from_text_to_an_exported_model(corpus: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    tokenizer, data, trained = (str(tmp_path / name) for name in ("tokenizer/tokenizer.model", "data", "run"))
+    training = ("tokenizer", "train", "--domain", f"code={corpus}", "--vocab-size", "512")
+    assert run(capsys, *training, "--output", str(tmp_path / "tokenizer"))[0] == 0
+    build = ("data", "build", str(corpus), "--output", data, "--tokenizer", tokenizer, "--domain", "code")
+    assert run(capsys, *build, "--workers", "1", "--validation-fraction", "0.1", "--shuffle-seed", "1")[0] == 0
+    code, out, _ = run(capsys, "data", "inspect", data, "--tokenizer", tokenizer)
+    assert code == 0
+    assert "code" in out
+
+    config = ("train", "debug", "--output", trained, "--data.synthetic", "false", "--data.tokenizer", tokenizer)
+    paths = (
+        "--data.domains.code.paths",
+        f'["{data}"]',
+        "--data.domains.code.validation_paths",
+        f'["{data}.validation"]',
+    )
+    assert run(capsys, *config, *paths, "--train.validation_interval", "5")[0] == 0
+    assert list((tmp_path / "run" / "tensorboard").glob("events*"))
+    shutil.rmtree(corpus)
+    (tmp_path / "tokenizer" / "tokenizer.model").unlink()
+
+    generation = ("generate", trained, "--prompt", "def ", "--prompt", "import os", "--max-new-tokens", "8")
+    code, out, _ = run(capsys, *generation)
+    assert code == 0
+    assert out.startswith("def ")
+    assert "\n\nimport os" in out
+    assert run(capsys, *generation)[1] == out
+    assert run(capsys, *generation, "--temperature", "1.5", "--seed", "3")[1] != out
+
+    exported = tmp_path / "exported"
+    assert run(capsys, "export", trained, "--output", str(exported))[0] == 0
+    vocabulary = AutoTokenizer.from_pretrained(exported)
+    model = AutoModelForCausalLM.from_pretrained(exported)
+    ids = vocabulary("def ", return_tensors="pt", return_token_type_ids=False)
+    theirs = vocabulary.decode(model.generate(**ids, max_new_tokens=8, do_sample=False)[0])
+    assert theirs.startswith(out.split("\n\nimport os")[0].rstrip("\n"))
+
+
+def test_a_dataset_of_another_tokenizer_is_refused(
+    corpus: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     for name in ("first", "second"):
         domains = ["--domain", f"english={corpus}"]
         size = {"first": "500", "second": "512"}[name]
