@@ -55,13 +55,22 @@ def _add_train(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") 
     command.add_argument("config", metavar="CONFIG", help="a TOML file, or the name of one in configs/")
     command.add_argument("--output", metavar="RUN", type=Path, help="folder of the run (default: runs/CONFIG)")
     command.add_argument("--resume", action="store_true", help="go on from RUN's newest complete checkpoint, if any")
+    command.add_argument("--device", help="short for --train.device")
+    command.add_argument("--emulate", action="store_true", help="with --device npu: torch_npu on an emulated CANN")
     command.set_defaults(run=_train)
 
 
 def _train(options: argparse.Namespace) -> int:
     from pangu import config as configuration
 
-    config = configuration.load(options.config, options.overrides)
+    device = ["--train.device", options.device] if options.device else []
+    config = configuration.load(options.config, [*options.overrides, *device])
+    if options.emulate:
+        if config.train.device != "npu":
+            raise ConfigError(f"--emulate is for --device npu, not for {config.train.device!r}")
+        from pangu.device import cann_emulator
+
+        cann_emulator.install()
     from pangu.train.trainer import train
 
     output = options.output or Path("runs") / Path(options.config).stem
