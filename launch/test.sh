@@ -1,14 +1,15 @@
 #!/usr/bin/env bash
 # Lint, type-check and test in a virtual environment of its own. Arguments go to pytest.
-# PANGU_TEST_SLOW=1 also runs the long tests.
+# PANGU_TEST_SLOW=1 also runs the long tests and those on an emulated NPU.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 source launch/environment.sh
 environment .venv-test '[dev]'
-export OMP_NUM_THREADS=1
+export OMP_NUM_THREADS=1 TORCH_DEVICE_BACKEND_AUTOLOAD=0
 ruff check .
 mypy
 pytest -n 2 "$@"
 if [ "${PANGU_TEST_SLOW:-0}" = 1 ]; then
-    pytest -n 2 -m slow
+    pytest -m ascend
+    pytest -m slow
 fi
