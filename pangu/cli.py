@@ -247,6 +247,7 @@ def _add_data(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -
     sample = group.add_parser("sample", help="a real multi-domain corpus from what this machine has")
     sample.add_argument("--output", metavar="FOLDER", type=Path, required=True)
     sample.add_argument("--apt", action="store_true", help="also Debian packages: Chinese and mathematics")
+    sample.add_argument("--max-bytes-per-domain", type=int, help="keep a fixed choice of documents above this")
     sample.set_defaults(run=_data_sample)
 
     build = group.add_parser("build", help="tokenize text or JSONL into Megatron's .bin and .idx")
@@ -268,19 +269,22 @@ def _add_data(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -
     look.add_argument("prefix", metavar="PREFIX")
     look.add_argument("--tokenizer", metavar="MODEL")
     look.add_argument("--document", type=int, help="print this document")
+    look.add_argument("--json", action="store_true", help="as JSON")
     look.set_defaults(run=_data_inspect)
 
 
 def _data_sample(options: argparse.Namespace) -> None:
     from pangu.data.sample import sample
 
-    sample(options.output, apt=options.apt)
+    sizes = sample(options.output, apt=options.apt, max_bytes_per_domain=options.max_bytes_per_domain)
+    for domain, size in sizes.items():
+        print(f"{domain}: {size.documents:,} documents, {size.bytes / 1e6:.1f} MB")
 
 
 def _data_build(options: argparse.Namespace) -> None:
     from pangu.data.build import build
 
-    build(
+    result = build(
         options.inputs,
         options.output,
         tokenizer_path=options.tokenizer,
@@ -292,12 +296,17 @@ def _data_build(options: argparse.Namespace) -> None:
         text_field=options.text_field,
         split_lines=options.split_lines,
     )
+    for part, metadata in (("training", result.dataset), ("validation", result.validation)):
+        if metadata is not None:
+            print(f"{part}: {metadata.documents:,} documents, {metadata.tokens:,} tokens")
+    if result.skipped:
+        print(f"skipped: {result.skipped:,} documents without text")
 
 
 def _data_inspect(options: argparse.Namespace) -> None:
     from pangu.data.inspect import inspect
 
-    inspect(options.prefix, tokenizer_path=options.tokenizer, document=options.document)
+    inspect(options.prefix, tokenizer_path=options.tokenizer, document=options.document, as_json=options.json)
 
 
 def _add_config(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:

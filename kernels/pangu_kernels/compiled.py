@@ -1,8 +1,15 @@
 """The CPU kernels in C++ (`*/cpu.cpp`): built by the machine's compiler on first use, into the user's cache.
 
-On one core, a fused kernel saves the passes over memory that separate operations make, and most of the microseconds
-they take on small tensors. Without a compiler the references compute the same. Plain C functions called through ctypes
-need neither PyTorch's headers (a build of seconds, not half a minute) nor a rebuild for another version of it.
+A fused kernel saves the passes over memory that separate operations make, and most of their microseconds on small
+tensors; without a compiler the references compute the same. Plain C functions called through ctypes need neither
+PyTorch's headers (the build takes two seconds, not half a minute) nor a rebuild for another version of it. Against
+PyTorch's own compiler, sandwich_norm forward and backward on one core, fp32 `[T, 512]`, in milliseconds:
+
+    T       eager     torch.compile    this
+    512      2.97     0.74             0.74
+    2048    15.3      4.0              2.8
+
+where torch.compile takes 10 s to 60 s before the first call, and as long again when the sizes become dynamic.
 """
 
 import ctypes

@@ -3,20 +3,19 @@
 import contextlib
 import errno
 import fcntl
-import functools
 import hashlib
 import math
 import multiprocessing
 import os
+import queue
 import shutil
 import signal
-import threading
 from array import array
 from collections import deque
 from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
-from concurrent.futures import Future, ProcessPoolExecutor
-from concurrent.futures.process import BrokenProcessPool
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
+from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
 
@@ -104,7 +103,7 @@ def build(
         raise DataError(f"workers is {workers}; at least one process must tokenize")
     files = list_files(inputs)
     tokenizer = Tokenizer(tokenizer_path)
-    encode = functools.partial(_encode, held_out_below=int(validation_fraction * 2**64))
+    held_out_below = int(validation_fraction * 2**64)
     prefixes = [str(output_prefix)] + ([f"{output_prefix}.validation"] if validation_fraction else [])
     with _disk_errors(output_prefix), _work_folder(output_prefix) as folder, contextlib.ExitStack() as cleanup:
         parts = [_Part(prefix, folder, tokenizer, sort_by, shuffle_seed) for prefix in prefixes]
@@ -113,7 +112,7 @@ def build(
         # Generators are closed here and not by the garbage collector, for which an error's traceback keeps them.
         chunks = cleanup.enter_context(contextlib.closing(_chunks(files, text_field, split_lines, sort_by)))
         tokenized_chunks = cleanup.enter_context(
-            contextlib.closing(_tokenize(chunks, encode, tokenizer, tokenizer_path, workers))
+            contextlib.closing(_tokenize(chunks, tokenizer, held_out_below, workers))
         )
         show = cleanup.enter_context(_progress_bar(files, show_progress))
         skipped = 0
@@ -159,7 +158,7 @@ def _encode(tokenizer: Tokenizer, texts: list[str], held_out_below: int) -> _Tok
     """Token ids of every text, each ended by <eod>, and whether its hash is one of those held out."""
     ids = [np.array([*tokenizer.encode(text), tokenizer.eod_id], token_dtype(tokenizer.vocab_size)) for text in texts]
     encoded = [text.encode() for text in texts]
-    hashes = [int.from_bytes(hashlib.blake2b(text, digest_size=8).digest(), "big") for text in encoded]
+    hashes = [int.from_bytes(hashlib.sha256(text).digest()[:8], "big") for text in encoded]
     return _Tokenized(
         tokens=np.concatenate(ids) if ids else np.empty(0, token_dtype(tokenizer.vocab_size)),
         lengths=np.array([len(document) for document in ids], np.int64),
@@ -169,60 +168,88 @@ def _encode(tokenizer: Tokenizer, texts: list[str], held_out_below: int) -> _Tok
 
 
 def _tokenize(
-    chunks: Iterable[_Chunk],
-    encode: Callable[[Tokenizer, list[str]], _Tokenized],
-    tokenizer: Tokenizer,
-    tokenizer_path: str | Path,
-    workers: int,
+    chunks: Iterable[_Chunk], tokenizer: Tokenizer, held_out_below: int, workers: int
 ) -> Generator[tuple[_Chunk, _Tokenized], None, None]:
     """Every chunk with its tokens, in order; only a few chunks per worker are in memory at a time."""
     if workers == 1:
         for chunk in chunks:
-            yield chunk, encode(tokenizer, chunk.texts)
+            yield chunk, _encode(tokenizer, chunk.texts, held_out_below)
         return
+    processes = [_WorkerProcess(str(tokenizer.path), held_out_below) for _ in range(workers)]
+    idle: queue.SimpleQueue[_WorkerProcess] = queue.SimpleQueue()
+    for process in processes:
+        idle.put(process)
+
+    def encode_in_idle_process(texts: list[str]) -> _Tokenized:
+        process = idle.get()
+        try:
+            return process.encode(texts)
+        finally:
+            idle.put(process)
+
+    threads = ThreadPoolExecutor(workers)
     in_flight: deque[tuple[_Chunk, Future[_Tokenized]]] = deque()
-    # Spawned, because forking is unsafe beside the threads of the progress bar.
-    spawn = multiprocessing.get_context("spawn")
-    pool = ProcessPoolExecutor(workers, spawn, initializer=_start_worker)
     try:
         for chunk in chunks:
-            in_flight.append((chunk, pool.submit(_encode_in_worker, encode, str(tokenizer_path), chunk.texts)))
+            in_flight.append((chunk, threads.submit(encode_in_idle_process, chunk.texts)))
             if len(in_flight) == _CHUNKS_PER_WORKER * workers:
                 done, future = in_flight.popleft()
                 yield done, future.result()
-        while in_flight:
-            done, future = in_flight.popleft()
+        for done, future in in_flight:
             yield done, future.result()
-    except BrokenProcessPool:
-        raise DataError(
-            "a tokenizing process died. Out of memory: use fewer workers. In a script of your own: call build() below "
-            "`if __name__ == '__main__':`"
-        ) from None
     finally:
-        pool.shutdown(wait=True, cancel_futures=True)
+        for process in processes:
+            process.kill()
+        threads.shutdown(cancel_futures=True)
 
 
-def _start_worker() -> None:
-    """Leave interrupts to the parent, and do not outlive it: a killed one cannot tell its workers to stop."""
+class _WorkerProcess:
+    """A process that encodes what it is sent. It ends when its parent does, however that ends.
+
+    The pipe between the two is all they share, so that the death of either is seen by the other as the pipe's end.
+    (`ProcessPoolExecutor` can wait forever when a worker dies while it starts another.)
+    """
+
+    def __init__(self, tokenizer_path: str, held_out_below: int) -> None:
+        # Spawned, because forking is unsafe beside the threads of the parent.
+        spawn = multiprocessing.get_context("spawn")
+        self._connection, child_connection = spawn.Pipe()
+        arguments = (child_connection, tokenizer_path, held_out_below)
+        self._process = spawn.Process(target=_serve, args=arguments, daemon=True)
+        self._process.start()
+        child_connection.close()
+
+    def encode(self, texts: list[str]) -> _Tokenized:
+        try:
+            self._connection.send(texts)
+            reply = self._connection.recv()
+        except (EOFError, ConnectionError):
+            raise DataError(
+                "a tokenizing process died. Out of memory: use fewer workers. In a script of your own: call build() "
+                "below `if __name__ == '__main__':`"
+            ) from None
+        if isinstance(reply, DataError):
+            raise reply
+        return reply
+
+    def kill(self) -> None:
+        self._process.kill()
+        self._process.join()
+
+
+def _serve(connection: Connection, tokenizer_path: str, held_out_below: int) -> None:
+    """Encode lists of texts until the other end is closed. Interrupts are left to the parent."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
-    parent = multiprocessing.parent_process()
-    assert parent is not None
-
-    def exit_with_parent() -> None:
-        parent.join()
-        os._exit(1)
-
-    threading.Thread(target=exit_with_parent, daemon=True).start()
-
-
-def _encode_in_worker(
-    encode: Callable[[Tokenizer, list[str]], _Tokenized], tokenizer_path: str, texts: list[str]
-) -> _Tokenized:
-    return encode(_load_tokenizer(tokenizer_path), texts)
-
-
-# Once per worker process; the parent loads its own.
-_load_tokenizer = functools.cache(Tokenizer)
+    tokenizer = None
+    with contextlib.suppress(EOFError, ConnectionError):
+        while True:
+            texts = connection.recv()
+            try:
+                tokenizer = tokenizer or Tokenizer(tokenizer_path)
+                reply: _Tokenized | DataError = _encode(tokenizer, texts, held_out_below)
+            except DataError as error:
+                reply = error
+            connection.send(reply)
 
 
 class _Part:
@@ -262,27 +289,29 @@ class _Part:
         for document in order:
             self.writer.add_document(unordered[int(document)])
 
+    def describe(self, tokenizer: Tokenizer, domain: str) -> Metadata:
+        return Metadata(
+            tokenizer_fingerprint=tokenizer.fingerprint,
+            vocab_size=tokenizer.vocab_size,
+            documents=self.writer.documents,
+            tokens=self.writer.tokens,
+            bytes=self.text_bytes,
+            domain=domain,
+        )
+
     def close(self) -> None:
         self.writer.abort()
 
 
 def _publish(parts: list[_Part], tokenizer: Tokenizer, domain: str) -> list[Metadata]:
-    """Move all datasets to their places, or none: one that cannot be completed takes the others with it."""
-    metadata = [
-        Metadata(tokenizer.fingerprint, tokenizer.vocab_size, writer.documents, writer.tokens, part.text_bytes, domain)
-        for part in parts
-        for writer in [part.writer]
-    ]
-    for part in parts:
-        remove_dataset(part.prefix)
-    try:
-        for part, description in zip(parts, metadata, strict=True):
-            part.writer.finish(description)
-    except BaseException:
-        for part in parts:
-            remove_dataset(part.prefix)
-        raise
-    return metadata
+    """Complete every dataset before the first appears, the one to train on last."""
+    descriptions = [part.describe(tokenizer, domain) for part in parts]
+    for part, description in zip(parts, descriptions, strict=True):
+        part.writer.complete(description)
+    remove_dataset(parts[0].prefix)
+    for part in reversed(parts):
+        part.writer.publish()
+    return descriptions
 
 
 def _check_not_empty(
@@ -310,6 +339,7 @@ def _work_folder(prefix: str | Path) -> Iterator[Path]:
             fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             raise DataError(f"{prefix}: another process is building this dataset; wait for it") from None
+        # Only for their space: nothing reads them.
         for leftover in folder.iterdir():
             leftover.unlink()
         try:

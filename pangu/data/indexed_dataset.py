@@ -11,19 +11,19 @@ number of sequences. Pangu writes one sequence per document and reads documents 
 import contextlib
 import dataclasses
 import json
-import os
 import shutil
 import struct
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
-from typing import IO, Any, BinaryIO, overload
+from typing import Any, BinaryIO, overload
 
 import numpy as np
 import numpy.typing as npt
 
 from pangu.errors import DataError
+from pangu.files import sync
 
 _MAGIC = b"MMIDIDX\x00\x00"
 _HEADER = struct.Struct("<9sQBQQ")
@@ -171,6 +171,7 @@ class IndexedDatasetWriter:
         self.scratch.mkdir(parents=True, exist_ok=True)
         self.documents = 0
         self.tokens = 0
+        self._suffixes: tuple[str, ...] = ()
         self._data = self._temporary(".bin").open("wb", buffering=_CHUNK)
         self._lengths = self._temporary(".lengths").open("w+b", buffering=_CHUNK)
 
@@ -209,26 +210,33 @@ class IndexedDatasetWriter:
         self.tokens += tokens.size
 
     def finish(self, metadata: Metadata | None = None) -> None:
-        """Write the index and move everything to its place, the index last: with it the dataset exists.
+        """`complete`, then `publish`."""
+        try:
+            self.complete(metadata)
+            self.publish()
+        finally:
+            self.abort()
+
+    def complete(self, metadata: Metadata | None = None) -> None:
+        """Bring everything to the disk under temporary names, so that `publish` has only to rename."""
+        self._data.close()
+        with self._temporary(".idx").open("wb", buffering=_CHUNK) as index:
+            self._write_index(index)
+        if metadata:
+            self._temporary(".json").write_text(json.dumps(dataclasses.asdict(metadata), indent=2), encoding="utf-8")
+        self._suffixes = (".bin", ".json", ".idx") if metadata else (".bin", ".idx")
+        for suffix in self._suffixes:
+            sync(self._temporary(suffix))
+
+    def publish(self) -> None:
+        """Move a completed dataset to its place, the index last: with it the dataset exists.
 
         An older dataset at the same prefix is gone from the moment the new one starts to appear.
         """
-        try:
-            with self._temporary(".idx").open("wb", buffering=_CHUNK) as index:
-                self._write_index(index)
-                flush_to_disk(index)
-            flush_to_disk(self._data)
-            self._data.close()
-            if metadata:
-                with self._temporary(".json").open("w", encoding="utf-8") as description:
-                    json.dump(dataclasses.asdict(metadata), description, indent=2)
-                    flush_to_disk(description)
-            remove_dataset(self.prefix)
-            for suffix in (".bin", *((".json",) if metadata else ()), ".idx"):
-                self._temporary(suffix).replace(f"{self.prefix}{suffix}")
-            flush_folder_to_disk(Path(self.prefix).parent)
-        finally:
-            self.abort()
+        remove_dataset(self.prefix)
+        for suffix in self._suffixes:
+            self._temporary(suffix).replace(f"{self.prefix}{suffix}")
+        sync(Path(self.prefix).parent)
 
     def abort(self) -> None:
         """Close and remove the temporary files."""
@@ -261,21 +269,6 @@ def remove_dataset(prefix: str | Path) -> None:
     """Delete `PREFIX.idx`, then the rest; what does not exist is passed over."""
     for suffix in (".idx", ".json", ".bin"):
         Path(f"{prefix}{suffix}").unlink(missing_ok=True)
-
-
-def flush_to_disk(file: IO[Any]) -> None:
-    """Return once what was written to `file` survives a loss of power."""
-    file.flush()
-    os.fsync(file.fileno())
-
-
-def flush_folder_to_disk(folder: Path) -> None:
-    """The same for the names of the files in `folder`."""
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 def _read_header(path: Path) -> tuple[np.dtype[Any], int, int]:

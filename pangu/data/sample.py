@@ -21,9 +21,9 @@ from pydoc_data import topics
 from rich.console import Console
 from rich.progress import track
 
-from pangu.data.indexed_dataset import flush_folder_to_disk, flush_to_disk
 from pangu.data.markup import html_to_text, metamath_sections, roff_to_text
 from pangu.errors import DataError
+from pangu.files import sync
 
 _DOCUMENTED_PACKAGES = ("matplotlib", "numpy")
 """Installed with Pangu, and with much to read in their docstrings."""
@@ -112,10 +112,12 @@ def _python_texts(show_progress: bool) -> Iterator[tuple[str, _Text]]:
             yield "english", _Text(name, documentation)
     for topic, text in sorted(topics.topics.items()):
         yield "english", _Text(f"pydoc_data/topics.py:{topic}", text)
-    for distribution in sorted(importlib.metadata.distributions(), key=lambda found: found.name):
+    # Of two installations under one name the first is the one that is imported.
+    distributions = {found.name: found for found in reversed([*importlib.metadata.distributions()]) if found.name}
+    for name, distribution in sorted(distributions.items()):
         description = str(distribution.metadata.json.get("description", ""))
         if len(description) >= _SHORTEST_DOCUMENTATION:
-            yield "english", _Text(f"{distribution.name}/METADATA", description)
+            yield "english", _Text(f"{name}/METADATA", description)
 
 
 def _sources(folder: Path) -> list[Path]:
@@ -216,10 +218,10 @@ def _write(output: Path, domains: dict[str, list[_Text]]) -> None:
             with path.open("w", encoding="utf-8") as file:
                 for text in texts:
                     file.write(json.dumps({"text": text.text, "source": text.source}, ensure_ascii=False) + "\n")
-                flush_to_disk(file)
+            sync(path)
         for final, path in temporary.items():
             path.replace(final)
-        flush_folder_to_disk(output)
+        sync(output)
     except OSError as error:
         problem = f"{output}: the corpus cannot be written ({error.strerror})"
         raise DataError(f"{problem}; free some space or choose another folder") from error

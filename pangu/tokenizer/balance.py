@@ -5,13 +5,25 @@ from dataclasses import dataclass
 
 from sentencepiece import SentencePieceProcessor
 
-from pangu.tokenizer.pieces import serialize
+from pangu.tokenizer.pieces import load
+from pangu.tokenizer.pruning import SURPLUS, prune
 from pangu.tokenizer.tokenizer import bytes_per_token
 from pangu.tokenizer.vocabulary import Probabilities, Vocabulary, merge
 
-_ROUNDS = 16
-_RAISE = 1.15
-_MARGIN = 1.003
+_RAISE = 1.3
+_MOST_RAISES = 8
+
+
+@dataclass(frozen=True)
+class Domain:
+    """What is known of a domain."""
+
+    words: Mapping[str, int]
+    """How often each occurs in the documents to learn from."""
+    probabilities: Probabilities
+    """Its own vocabulary."""
+    held_out: Sequence[str]
+    """Documents to measure on."""
 
 
 @dataclass(frozen=True)
@@ -23,56 +35,45 @@ class Merged:
     """On each domain's held-out documents."""
 
 
-def merge_and_measure(
-    learned: Mapping[str, Probabilities],
-    weights: Mapping[str, float],
-    held_out: Mapping[str, Sequence[str]],
-    vocab_size: int,
+def balance(
+    domains: Mapping[str, Domain], single_corpus: Mapping[str, float], own: Mapping[str, float], vocab_size: int
 ) -> Merged:
-    """Merge the domains that were `learned`, and measure on all that have `held_out` documents."""
-    total = sum(weights.values())
-    vocabulary = merge(learned, weights, vocab_size)
-    processor = load(vocabulary)
-    measured = {name: bytes_per_token(processor, texts) for name, texts in held_out.items()}
-    return Merged({name: weight / total for name, weight in weights.items()}, vocabulary, measured)
+    """Merge with equal weights, unless the poorest domain needs more than others to be served better than before.
 
-
-def search(
-    learned: Mapping[str, Probabilities],
-    held_out: Mapping[str, Sequence[str]],
-    single_corpus: Mapping[str, float],
-    own: Mapping[str, float],
-    vocab_size: int,
-) -> Merged:
-    """Weights, from equal ones on, that serve the worst-off domain best, by two measures of bytes per token.
-
-    First, the domain with the fewest under the single-corpus tokenizer has more than that, where this can be had.
-    Then, the domain furthest below what it has by its `own` tokenizer is as near to it as possible. Every round raises
-    the weight of the domain that fails; the best round counts.
+    `single_corpus` and `own` are bytes per token by a tokenizer of the concatenation of all domains, and by one of each
+    domain alone. As long as the poorest domain has no more than `single_corpus` its weight is raised; when that does
+    not help, weights are equal.
     """
-    fewest = min(single_corpus, key=lambda name: single_corpus[name])
-    weights: Mapping[str, float] = dict.fromkeys(learned, 1.0)
-    best, best_merit = None, (False, 0.0)
-    for _ in range(_ROUNDS):
-        merged = merge_and_measure(learned, weights, held_out, vocab_size)
-        improved = merged.bytes_per_token[fewest] >= _MARGIN * single_corpus[fewest]
-        share_of_own = {name: merged.bytes_per_token[name] / own[name] for name in learned}
-        furthest = min(share_of_own, key=lambda name: share_of_own[name])
-        if best is None or (improved, share_of_own[furthest]) > best_merit:
-            best, best_merit = merged, (improved, share_of_own[furthest])
-        raised = furthest if improved else fewest
-        weights = {**merged.weights, raised: _RAISE * merged.weights[raised]}
-    assert best is not None
-    return best
+    poor = poorest(single_corpus, own)
+    equal = dict.fromkeys(domains, 1.0)
+    for raises in range(_MOST_RAISES + 1 if len(domains) > 1 else 0):
+        merged = merge_and_measure(domains, {**equal, poor: _RAISE**raises}, vocab_size)
+        if merged.bytes_per_token[poor] > single_corpus[poor]:
+            return merged
+    return merge_and_measure(domains, equal, vocab_size)
 
 
-def load(vocabulary: Vocabulary) -> SentencePieceProcessor:
-    """The encoder of a vocabulary, once it has encoded the text of each learned piece with that very piece."""
-    processor = SentencePieceProcessor()
-    processor.LoadFromSerializedProto(serialize(vocabulary.scores))
-    pieces = list(vocabulary.scores)
-    encoded = processor.encode(pieces, num_threads=1)
-    lost = [piece for piece, ids in zip(pieces, encoded, strict=True) if ids != [processor.piece_to_id(piece)]]
-    if lost:
-        raise RuntimeError(f"pieces that their own text is not encoded with: {lost[:5]}")
-    return processor
+def poorest(single_corpus: Mapping[str, float], own: Mapping[str, float]) -> str:
+    """The domain with the fewest bytes per token by the single-corpus tokenizer, of those that could have more.
+
+    Text that is mostly digits cannot: each is a token by any tokenizer.
+    """
+    improvable = [name for name in single_corpus if own[name] > single_corpus[name]] or single_corpus
+    return min(improvable, key=lambda name: single_corpus[name])
+
+
+def merge_and_measure(domains: Mapping[str, Domain], weights: Mapping[str, float], vocab_size: int) -> Merged:
+    """Merge the domains' vocabularies into one larger than wanted, and prune that."""
+    total = sum(weights.values())
+    weights = {name: weight / total for name, weight in weights.items()}
+    probabilities = {name: domain.probabilities for name, domain in domains.items()}
+    words = {name: domain.words for name, domain in domains.items()}
+    vocabulary = prune(merge(probabilities, weights, round(SURPLUS * vocab_size)), words, weights, vocab_size)
+    if vocabulary.size < vocab_size:  # there are few candidates, and pruning found some of them unreachable
+        vocabulary = merge(probabilities, weights, vocab_size)
+    return Merged(weights, vocabulary, measure(load(vocabulary.scores), domains))
+
+
+def measure(processor: SentencePieceProcessor, domains: Mapping[str, Domain]) -> dict[str, float]:
+    """Bytes per token on each domain's held-out documents."""
+    return {name: bytes_per_token(processor, domain.held_out) for name, domain in domains.items()}

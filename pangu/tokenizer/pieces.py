@@ -12,6 +12,11 @@ import re
 from collections.abc import Mapping
 from typing import Any
 
+from sentencepiece import SentencePieceProcessor, sentencepiece_model_pb2
+
+SCHEMA: Any = sentencepiece_model_pb2
+"""The protobuf messages of sentencepiece's model files; they are made at run time, out of sight of type checkers."""
+
 SPECIAL_PIECES = ("<unk>", "<pad>", "<eod>", "<sep>", "<fim_prefix>", "<fim_suffix>", "<fim_middle>")
 """<unk> is demanded by sentencepiece and never produced. <eod> ends every document. There is no <bos>: what precedes a
 document is the <eod> of another. They are control pieces: no text encodes to them, they are inserted by id."""
@@ -56,18 +61,10 @@ def is_allowed(piece: str) -> bool:
     )
 
 
-def model_schema() -> Any:
-    """The protobuf messages of sentencepiece's model files."""
-    from sentencepiece import sentencepiece_model_pb2
-
-    return sentencepiece_model_pb2
-
-
 def serialize(scores: Mapping[str, int]) -> bytes:
     """A sentencepiece model file of the learned pieces, in the order given, and their scores in 1 / SCORE_STEPS."""
-    schema = model_schema()
-    kind = schema.ModelProto.SentencePiece
-    model = schema.ModelProto()
+    kind = SCHEMA.ModelProto.SentencePiece
+    model = SCHEMA.ModelProto()
     for piece in SPECIAL_PIECES:
         model.pieces.add(piece=piece, score=0, type=kind.UNKNOWN if piece == "<unk>" else kind.CONTROL)
     for piece in BYTE_PIECES:
@@ -75,7 +72,7 @@ def serialize(scores: Mapping[str, int]) -> bytes:
     for piece, score in scores.items():
         model.pieces.add(piece=piece, score=score / SCORE_STEPS, type=kind.NORMAL)
     trainer = model.trainer_spec
-    trainer.model_type = schema.TrainerSpec.UNIGRAM
+    trainer.model_type = SCHEMA.TrainerSpec.UNIGRAM
     trainer.vocab_size = len(model.pieces)
     trainer.byte_fallback = trainer.split_digits = trainer.allow_whitespace_only_pieces = True
     trainer.unk_piece, trainer.pad_piece, trainer.eos_piece = "<unk>", "<pad>", "<eod>"
@@ -85,3 +82,15 @@ def serialize(scores: Mapping[str, int]) -> bytes:
     normalizer.name = "identity"
     normalizer.add_dummy_prefix = normalizer.remove_extra_whitespaces = normalizer.escape_whitespaces = False
     return model.SerializeToString(deterministic=True)
+
+
+def load(scores: Mapping[str, int]) -> SentencePieceProcessor:
+    """The encoder of learned pieces, once it has encoded the text of each of them with that very piece."""
+    processor = SentencePieceProcessor()
+    processor.LoadFromSerializedProto(serialize(scores))
+    pieces = list(scores)
+    encoded = processor.encode(pieces, num_threads=1)
+    lost = [piece for piece, ids in zip(pieces, encoded, strict=True) if ids != [processor.piece_to_id(piece)]]
+    if lost:
+        raise RuntimeError(f"pieces that their own text is not encoded with: {lost[:5]}")
+    return processor

@@ -1,13 +1,13 @@
 """A bounded, reproducible sample of a corpus too large to hold."""
 
+import hashlib
 import heapq
-import random
 import re
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 
 LONGEST_DOCUMENT = 1 << 14
-"""Characters; a longer document is cut at line ends and counts as several."""
+"""Characters; a longer document, or one over a twentieth of the sample, is cut at line ends and counts as several."""
 
 HELD_OUT_FRACTION = 0.05
 
@@ -24,24 +24,31 @@ class Sample:
     """Of the whole corpus, in UTF-8."""
 
 
-def draw(documents: Iterable[str], max_bytes: int, seed: str) -> Sample:
+def draw(documents: Iterable[str], max_bytes: int, seed: int) -> Sample:
     """Draw documents uniformly, without replacement, until they have `max_bytes` bytes (or there are no more).
 
-    Every document is read once; memory holds `max_bytes` and one document more. A part of them (`HELD_OUT_FRACTION` of
-    the bytes) is set aside for measuring.
+    Those with the smallest hashes are taken, so their order in the corpus does not matter and repetitions count once.
+    Every document is read; memory holds `max_bytes` and one document more. A part of what is drawn (`HELD_OUT_FRACTION`
+    of the bytes) is set aside for measuring.
     """
-    keys = random.Random(seed)
-    chosen: list[tuple[float, int, str]] = []  # a heap, the largest key on top
+    chosen: list[tuple[int, str]] = []  # a heap, the largest hash on top
+    hashes: set[int] = set()
     count = corpus_bytes = chosen_bytes = 0
-    for text in _cut(documents):
-        size = len(text.encode())
-        corpus_bytes += size
-        chosen_bytes += size
-        heapq.heappush(chosen, (-keys.random(), count, text))
+    for text in _cut(documents, min(LONGEST_DOCUMENT, max(1, max_bytes // 20))):
+        content = text.encode()
         count += 1
-        while chosen_bytes - len(chosen[0][2].encode()) >= max_bytes:
-            chosen_bytes -= len(heapq.heappop(chosen)[2].encode())
-    texts = [text for *_, text in sorted(chosen, reverse=True)]
+        corpus_bytes += len(content)
+        digest = int.from_bytes(hashlib.blake2b(content, digest_size=8, key=str(seed).encode()).digest(), "big")
+        if digest in hashes:
+            continue
+        hashes.add(digest)
+        chosen_bytes += len(content)
+        heapq.heappush(chosen, (-digest, text))
+        while chosen_bytes - len(chosen[0][1].encode()) >= max_bytes:
+            digest, text = heapq.heappop(chosen)
+            hashes.remove(-digest)
+            chosen_bytes -= len(text.encode())
+    texts = [text for _, text in sorted(chosen, reverse=True)]
     held_out: list[str] = []
     held_out_bytes = 0
     while len(texts) > 1 and held_out_bytes < HELD_OUT_FRACTION * chosen_bytes:
@@ -65,10 +72,8 @@ def concatenate(samples: Iterable[Sample]) -> list[str]:
     return texts
 
 
-def _cut(documents: Iterable[str]) -> Iterator[str]:
+def _cut(documents: Iterable[str], longest: int) -> Iterator[str]:
+    part = re.compile(rf"(?s).{{1,{longest}}}(?:(?<=\n)|\Z)|.{{1,{longest}}}")
     for document in documents:
-        if len(document) <= LONGEST_DOCUMENT:
-            if document.strip():
-                yield document
-        else:
-            yield from re.findall(rf"(?s).{{1,{LONGEST_DOCUMENT}}}(?:(?<=\n)|\Z)|.{{1,{LONGEST_DOCUMENT}}}", document)
+        if document.strip():
+            yield from part.findall(document)

@@ -54,8 +54,8 @@ class Tokenizer:
             ) from None
 
     def decode(self, ids: Sequence[int]) -> str:
-        """The text of `ids`. Special ids, and ids past the vocabulary (an embedding's padding rows), have none."""
-        return self._processor.decode([int(id) for id in ids if id < self.vocab_size])
+        """The text of `ids`. Special ids, and ids outside the vocabulary (an embedding's padding rows), have none."""
+        return self._processor.decode([int(id) for id in ids if 0 <= id < self.vocab_size])
 
     def id(self, piece: str) -> int:
         """The id of a piece; that of <unk> when there is no such piece."""

@@ -13,9 +13,10 @@ from pangu.data.corpus import list_files, texts
 from pangu.errors import ConfigError, DataError
 from pangu.files import write_atomically
 from pangu.tokenizer import sampling, vocabulary
-from pangu.tokenizer.balance import merge_and_measure, search
-from pangu.tokenizer.pieces import SMALLEST_VOCABULARY, serialize
-from pangu.tokenizer.report import Report, make_report, table
+from pangu.tokenizer.balance import Domain, balance, measure, merge_and_measure
+from pangu.tokenizer.pieces import SMALLEST_VOCABULARY, load, serialize
+from pangu.tokenizer.pruning import SURPLUS
+from pangu.tokenizer.report import Report, make_report, print_report
 from pangu.tokenizer.sampling import Sample
 from pangu.tokenizer.vocabulary import Probabilities
 
@@ -42,8 +43,8 @@ def train(
 
     domains: name to files and folders, read by `pangu.data.corpus`. About `sample_bytes` of each are learned from and
     held in memory (by default 256 per piece of the vocabulary), drawn at random from all of it.
-    weights: share of each domain in the merged vocabulary; by default those that serve the worst-off domain best
-    (`balance.search`).
+    weights: share of each domain in the merged vocabulary; equal by default, except that one may need more in order to
+    be served better than by a single-corpus tokenizer (`balance.balance`).
     character_coverage: the rarest characters of a domain beyond this share of its text are left to bytes.
     threads: domains analyzed at a time (by default as many as cores). The files do not depend on it.
 
@@ -61,7 +62,7 @@ def train(
         write_atomically(output / MODEL_FILE, model)
     except OSError as error:
         raise DataError(f"{output}: cannot be written ({error.strerror}); free some space or name another") from None
-    Console().print(table(report))
+    print_report(report)
     return report
 
 
@@ -100,11 +101,11 @@ def _read(
     samples = {}
     for name, paths in domains.items():
         with _step(progress, f"reading {name}"):
-            sample = sampling.draw(texts(paths, text_field), sample_bytes, f"{seed} {name}")
+            sample = sampling.draw(texts(paths, text_field), sample_bytes, seed)
         if not sample.held_out:
             raise DataError(
-                f"domain {name!r} ({', '.join(map(str, paths))}) has {sample.documents} documents, {sample.bytes} bytes; "
-                "it needs two at least, one of them to measure on"
+                f"domain {name!r} ({', '.join(map(str, paths))}): {sample.documents} documents, {sample.bytes} bytes; "
+                "two documents are needed, one of them to measure on"
             )
         samples[name] = sample
     return samples
@@ -112,47 +113,45 @@ def _read(
 
 def _learn(
     samples: Mapping[str, Sample], vocab_size: int, character_coverage: float, threads: int | None, progress: Progress
-) -> tuple[dict[str, Probabilities], Probabilities]:
+) -> tuple[dict[str, Domain], Probabilities]:
     """The frequency analysis of every domain, and that of the concatenation of all."""
 
-    def analyze(name: str, documents: list[str]) -> Probabilities:
+    def analyze(name: str, documents: list[str], size: int) -> tuple[Mapping[str, int], Probabilities]:
         with _step(progress, f"analyzing {name}"):
-            return vocabulary.learn(documents, vocab_size, character_coverage)
+            words = vocabulary.count_words(documents)
+            return words, vocabulary.learn(words, size, character_coverage)
 
     with ThreadPoolExecutor(threads or len(os.sched_getaffinity(0))) as pool:
-        if len(samples) == 1:
-            (name, sample), *_ = samples.items()
-            learned = {name: analyze(name, sample.training)}
-            return learned, learned[name]
-        # The concatenation first: it takes longest.
-        concatenated = pool.submit(analyze, "the concatenation", sampling.concatenate(samples.values()))
-        futures = {name: pool.submit(analyze, name, sample.training) for name, sample in samples.items()}
-        return {name: future.result() for name, future in futures.items()}, concatenated.result()
+        # First, because it takes longest.
+        concatenation = pool.submit(analyze, "the concatenation", sampling.concatenate(samples.values()), vocab_size)
+        size = round(SURPLUS * vocab_size)  # so that any domain could fill the vocabulary, with something left to prune
+        futures = {name: pool.submit(analyze, name, sample.training, size) for name, sample in samples.items()}
+        domains = {name: Domain(*future.result(), samples[name].held_out) for name, future in futures.items()}
+        return domains, concatenation.result()[1]
 
 
 def _merge(
-    learned: Mapping[str, Probabilities],
+    domains: Mapping[str, Domain],
     concatenated: Probabilities,
     samples: Mapping[str, Sample],
     vocab_size: int,
     weights: Mapping[str, float] | None,
 ) -> tuple[Report, bytes]:
     """The report and the model file."""
-    size = vocabulary.merge(learned, dict.fromkeys(learned, 1.0), vocab_size).size
+    single_corpus = measure(load(vocabulary.select(concatenated, vocab_size).scores), domains)
+    own = {
+        name: merge_and_measure({name: domain}, {name: 1.0}, vocab_size).bytes_per_token[name]
+        for name, domain in domains.items()
+    }
+    if weights is None:
+        merged = balance(domains, single_corpus, own, vocab_size)
+    else:
+        merged = merge_and_measure(domains, weights, vocab_size)
+    size = merged.vocabulary.size
     if size < vocab_size:
         raise DataError(f"vocab_size: the corpora give {size} pieces, not {vocab_size}; lower it, or add text")
-    held_out = {name: sample.held_out for name, sample in samples.items()}
-    single_corpus = merge_and_measure({"": concatenated}, {"": 1.0}, held_out, vocab_size).bytes_per_token
-    own = {}
-    for name, probabilities in learned.items():
-        alone = merge_and_measure({name: probabilities}, {name: 1.0}, {name: held_out[name]}, vocab_size)
-        own[name] = alone.bytes_per_token[name]
-    if weights is None:
-        merged = search(learned, held_out, single_corpus, own, vocab_size)
-    else:
-        merged = merge_and_measure(learned, weights, held_out, vocab_size)
     model = serialize(merged.vocabulary.scores)
-    return make_report(learned, samples, merged, single_corpus, own, model), model
+    return make_report(domains, samples, merged, single_corpus, own, model), model
 
 
 def _progress(show: bool) -> Progress:

@@ -7,21 +7,25 @@ Unigram a piece is produced by some text if and only if it is the best segmentat
 """
 
 import io
+import itertools
 import math
 import re
+from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
+
+from sentencepiece import SentencePieceTrainer
 
 from pangu.tokenizer.pieces import (
     ALPHABET,
     BYTE_PIECES,
     LONGEST_PIECE,
     LOWEST_SCORE,
+    SCHEMA,
     SCORE_STEPS,
     SPECIAL_PIECES,
     WORD,
     is_allowed,
-    model_schema,
 )
 
 Probabilities = Mapping[str, float]
@@ -30,13 +34,16 @@ Probabilities = Mapping[str, float]
 # sentencepiece's trainer reads tabs, line ends and spaces in its own way; it sees these instead.
 _STAND_INS = {"\t": "␉", "\n": "␤", "\r": "␍", " ": "▁"}
 
-# It has uses of its own for U+2047 and U+2585. These and control characters are learned by no vocabulary: bytes do.
-_UNLEARNABLE = [*_STAND_INS.values(), "\u2047", "\u2585", *map(chr, (*range(0x20), 0x7F))]
+# A letter of a script (Runic) that nothing else has, since pieces do not extend over scripts; see `_sentences`.
+_MARK = "\u16a0"
+
+# It has uses of its own for U+2047 and U+2585. These and control characters are in no vocabulary: bytes stand for them.
+_UNLEARNABLE = [*_STAND_INS.values(), _MARK, "\u2047", "\u2585", *map(chr, (*range(0x20), 0x7F))]
 
 _TO_TRAINER = str.maketrans({**dict.fromkeys(_UNLEARNABLE, ""), "\t": "␉", "\n": "␤", "\r": "␍"})
 _FROM_TRAINER = str.maketrans({stand_in: character for character, stand_in in _STAND_INS.items()})
 
-_UNSEEN = math.exp(LOWEST_SCORE / SCORE_STEPS)
+UNSEEN = math.exp(LOWEST_SCORE / SCORE_STEPS)
 """Probability of a character that is in the vocabulary, but not in the domain."""
 
 
@@ -53,26 +60,32 @@ class Vocabulary:
         return len(SPECIAL_PIECES) + len(BYTE_PIECES) + len(self.scores)
 
 
-def learn(documents: Iterable[str], vocab_size: int, character_coverage: float) -> dict[str, float]:
+def count_words(documents: Iterable[str]) -> Counter[str]:
+    """How often each word (`pieces.WORD`) occurs."""
+    words: Counter[str] = Counter()
+    for document in documents:
+        words.update(re.findall(WORD, document))
+    return words
+
+
+def learn(words: Mapping[str, int], size: int, character_coverage: float) -> dict[str, float]:
     """The frequency analysis of one domain: its likeliest pieces with their probabilities in a Unigram model.
 
-    Besides single characters there are up to `vocab_size` pieces, so that any domain could fill the merged vocabulary.
-    Characters are kept by falling frequency until they cover `character_coverage` of the text; `ALPHABET` always is.
+    Besides single characters these are up to `size`. Characters are kept by falling frequency until they cover
+    `character_coverage` of the text; `ALPHABET` always is.
     """
-    import sentencepiece
-
-    words = list(_words(documents))
-    if not words:
-        return dict.fromkeys(ALPHABET, _UNSEEN)
-    alphabet = set().union(*words)
+    sentences = list(_sentences(words))
+    if not sentences:
+        return dict.fromkeys(ALPHABET, UNSEEN)
+    alphabet = set().union(*sentences)
     model = io.BytesIO()
-    sentencepiece.SentencePieceTrainer.train(
-        sentence_iterator=iter(words),
+    SentencePieceTrainer.train(
+        sentence_iterator=iter(sentences),
         model_writer=model,
         model_type="unigram",
-        vocab_size=vocab_size + len(alphabet),
+        vocab_size=size + len(alphabet),
         hard_vocab_limit=False,
-        seed_sentencepiece_size=10 * vocab_size + len(alphabet),
+        seed_sentencepiece_size=10 * size + len(alphabet),
         max_sentencepiece_length=LONGEST_PIECE,
         max_sentence_length=1 << 20,
         character_coverage=character_coverage,
@@ -88,40 +101,56 @@ def learn(documents: Iterable[str], vocab_size: int, character_coverage: float) 
         num_threads=1,  # sums over threads would depend on their number
         minloglevel=2,
     )
-    schema = model_schema().ModelProto
-    pieces = schema.FromString(model.getvalue()).pieces
-    normal = schema.SentencePiece.NORMAL
+    pieces = SCHEMA.ModelProto.FromString(model.getvalue()).pieces
+    normal = SCHEMA.ModelProto.SentencePiece.NORMAL
     learned = {piece.piece.translate(_FROM_TRAINER): math.exp(piece.score) for piece in pieces if piece.type == normal}
-    allowed = {piece: probability for piece, probability in learned.items() if is_allowed(piece)}
+    allowed = {piece: probability for piece, probability in learned.items() if is_allowed(piece) and _MARK not in piece}
     total = sum(allowed.values())
-    return dict.fromkeys(ALPHABET, _UNSEEN) | {piece: probability / total for piece, probability in allowed.items()}
+    return dict.fromkeys(ALPHABET, UNSEEN) | {piece: probability / total for piece, probability in allowed.items()}
 
 
 def merge(domains: Mapping[str, Probabilities], weights: Mapping[str, float], vocab_size: int) -> Vocabulary:
-    """Merge and de-duplicate domain vocabularies into one of `vocab_size` pieces, bytes and special ones included.
+    """Merge and de-duplicate domain vocabularies: the likeliest pieces of the mixture of the domains (`select`)."""
+    return select(mix(domains, weights), vocab_size)
 
-    Pieces are taken by falling probability in the mixture of the domains. A piece brings its characters with it, so
-    that what cannot be spelled has no pieces at all. A piece is passed over when pieces already taken segment its text
-    better than it does itself. Those taken later are less likely than it, so they never do: every piece is reachable.
 
-    The vocabulary is smaller when the domains have too few pieces.
+def select(probabilities: Probabilities, vocab_size: int) -> Vocabulary:
+    """The likeliest pieces, in a vocabulary of `vocab_size`, bytes and special ones included, if there are so many.
+
+    A piece brings its characters with it, so that what cannot be spelled is in no piece at all. Passed over is a piece
+    whose text is segmented better by pieces already taken than it is by itself. Those taken later are less likely than
+    it and cannot do that. Hence every piece is reachable: its own text is encoded with it.
     """
-    mixture = mix(domains, weights)
     room = vocab_size - len(SPECIAL_PIECES) - len(BYTE_PIECES)
     taken: dict[str, int] = {}
     unreachable = 0
-    for piece in _by_priority(mixture):
+    for piece in _by_priority(probabilities):
         if len(taken) == room:
             break
-        score = max(LOWEST_SCORE, round(SCORE_STEPS * math.log(mixture[piece])))
+        score = max(LOWEST_SCORE, round(SCORE_STEPS * math.log(probabilities[piece])))
         if len(piece) == 1:
             taken[piece] = score
         elif all(character in taken for character in piece):
-            if score >= _best_score(piece, taken):
+            if score >= best_segmentation(piece, taken)[0]:
                 taken[piece] = score
             else:
                 unreachable += 1
     return Vocabulary(dict(sorted(taken.items(), key=lambda item: (-item[1], item[0]))), unreachable)
+
+
+def best_segmentation(text: str, scores: Mapping[str, int]) -> tuple[int, int]:
+    """Score and length, in pieces, of the best segmentation of `text` into two pieces or more.
+
+    Every character of it must be a piece.
+    """
+    best = [(0, 0)]
+    for end in range(1, len(text) + 1):
+        starts = range(1 if end == len(text) else 0, end)
+        parts = [(best[start], scores[text[start:end]]) for start in starts if text[start:end] in scores]
+        score, negative_length = max((score + last, negative_length - 1) for (score, negative_length), last in parts)
+        best.append((score, negative_length))
+    score, negative_length = best[-1]
+    return score, -negative_length
 
 
 def mix(domains: Mapping[str, Probabilities], weights: Mapping[str, float]) -> dict[str, float]:
@@ -134,32 +163,25 @@ def mix(domains: Mapping[str, Probabilities], weights: Mapping[str, float]) -> d
     return mixture
 
 
-def _by_priority(mixture: Probabilities) -> list[str]:
+def _by_priority(probabilities: Probabilities) -> list[str]:
     """Pieces by falling probability, `ALPHABET` first and every other character as early as a piece that needs it."""
-    priority = dict(mixture)
-    for piece, probability in mixture.items():
+    priority = dict(probabilities)
+    for piece, probability in probabilities.items():
         for character in piece:
             if character in priority:
                 priority[character] = max(priority[character], probability)
     priority.update(dict.fromkeys(ALPHABET, 1.0))
-    return sorted(mixture, key=lambda piece: (-priority[piece], len(piece), piece))
+    return sorted(priority, key=lambda piece: (-priority[piece], len(piece), piece))
 
 
-def _best_score(text: str, scores: Mapping[str, int]) -> int:
-    """Score of the best segmentation of `text`, whose characters all are pieces."""
-    best = [0]
-    for end in range(1, len(text) + 1):
-        best.append(max(best[start] + scores[text[start:end]] for start in range(end) if text[start:end] in scores))
-    return best[-1]
+def _sentences(words: Mapping[str, int]) -> Iterator[str]:
+    """Words, as often as they occur, as the trainer is to see them.
 
-
-def _words(documents: Iterable[str]) -> Iterator[str]:
-    """Words as the trainer is to see them.
-
-    Not lines, because it only considers substrings that occur in different surroundings, and would never think of a
-    word that always follows the same other.
+    It only considers strings that it has seen before two different characters, or it would never think of a word that
+    is always followed by the same other. So it gets words instead of lines, and each has a mark after it once.
     """
-    for document in documents:
-        for word in re.findall(WORD, document):
-            if word := word.translate(_TO_TRAINER):
-                yield word
+    for word, count in words.items():
+        if sentence := word.translate(_TO_TRAINER):
+            if count > 1:
+                yield sentence + _MARK
+            yield from itertools.repeat(sentence, max(1, count - 1))

@@ -144,11 +144,12 @@ def test_shuffling_is_a_permutation_of_whole_documents(tmp_path: Path, tokenizer
 
 
 def test_sorting_is_ascending_and_keeps_equals_in_order(tmp_path: Path, tokenizer_path: Path) -> None:
-    levels = [3, -1.5, 3, 0, float("inf"), 0, 3]
+    levels = [3, -1.5, 3, 0, float("inf"), 0, 3] * 20
     documents = [{"text": f"{number}", "difficulty": level} for number, level in enumerate(levels)]
     corpus = _corpus(tmp_path / "a.jsonl", documents)
     build([corpus], tmp_path / "data", tokenizer_path, workers=1, sort_by="difficulty")
-    assert _decoded(tmp_path / "data", tokenizer_path) == ["1", "3", "5", "0", "2", "6", "4"]
+    order = [int(text) for text in _decoded(tmp_path / "data", tokenizer_path)]
+    assert order == sorted(range(len(levels)), key=levels.__getitem__)
 
 
 def test_equals_are_shuffled_when_sorting_and_shuffling(tmp_path: Path, tokenizer_path: Path) -> None:
@@ -205,22 +206,32 @@ def test_a_corpus_without_text_or_with_unreadable_text_leaves_the_old_dataset(
     assert _files(tmp_path) == before
 
 
-@pytest.mark.parametrize("limit", ["tokens", "index"])
+@pytest.mark.parametrize(
+    ("texts", "validation_fraction"),
+    [
+        pytest.param(["x " * 2000] * 20, 0, id="tokens"),
+        pytest.param(["x"] * 2000, 0, id="index"),
+        pytest.param([f"{number % 1000}" for number in range(2000)], 0.9, id="index of the validation set"),
+    ],
+)
 @pytest.mark.parametrize("shuffle_seed", [None, 1])
-def test_a_full_disk_leaves_nothing(tmp_path: Path, tokenizer_path: Path, limit: str, shuffle_seed: int | None) -> None:
+def test_a_full_disk_leaves_what_was_there(
+    tmp_path: Path, tokenizer_path: Path, texts: list[str], validation_fraction: float, shuffle_seed: int | None
+) -> None:
     """Stood in for by a limit on the size of files, which fails the same calls."""
-    texts = ["x " * 2000] * 20 if limit == "tokens" else ["x"] * 2000
-    corpus = _corpus(tmp_path / "a.jsonl", texts)
+    corpus = _corpus(tmp_path / "a.jsonl", ["an older corpus"])
+    build([corpus], tmp_path / "data", tokenizer_path, workers=1, show_progress=False)
+    _corpus(corpus, texts)
+    before = _files(tmp_path)
+    options = {"validation_fraction": validation_fraction, "shuffle_seed": shuffle_seed, "show_progress": False}
     unlimited = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, unlimited[1]))
     try:
         with pytest.raises(DataError, match=r"data: the dataset cannot be written \(File too large\)"):
-            build(
-                [corpus], tmp_path / "data", tokenizer_path, workers=1, shuffle_seed=shuffle_seed, show_progress=False
-            )
+            build([corpus], tmp_path / "data", tokenizer_path, workers=1, **options)
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, unlimited)
-    assert list(_files(tmp_path)) == ["a.jsonl"]
+    assert _files(tmp_path) == before
 
 
 @contextlib.contextmanager
@@ -245,7 +256,7 @@ def _paused_build(folder: Path, tokenizer_path: Path) -> Iterator[subprocess.Pop
 
 
 def _workers_of(process: subprocess.Popen[bytes]) -> list[int]:
-    """Its spawned processes; all of them, as the pool starts the second one when the first is busy."""
+    """The processes it spawned to tokenize."""
     children = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
     return [int(child) for child in children if b"spawn_main" in Path(f"/proc/{child}/cmdline").read_bytes()]
 
@@ -266,8 +277,12 @@ def test_a_killed_build_leaves_no_dataset_and_no_workers_and_can_be_repeated(
     assert sorted(path.name for path in tmp_path.glob("data*")) == ["data.bin", "data.idx", "data.json"]
 
 
-def test_two_builds_of_the_same_dataset_do_not_meet(tmp_path: Path, tokenizer_path: Path) -> None:
+def test_a_build_clears_the_work_folder_and_keeps_others_out(tmp_path: Path, tokenizer_path: Path) -> None:
+    leftover = tmp_path / "data.building" / "leftover.tmp"
+    leftover.parent.mkdir()
+    leftover.touch()
     with _paused_build(tmp_path, tokenizer_path):
+        assert not leftover.exists()
         corpus = _corpus(tmp_path / "a.jsonl", _texts(20))
         with pytest.raises(DataError, match="another process is building this dataset"):
             build([corpus], tmp_path / "data", tokenizer_path, workers=1)
@@ -275,7 +290,6 @@ def test_two_builds_of_the_same_dataset_do_not_meet(tmp_path: Path, tokenizer_pa
 
 
 def _kill_a_worker(tokenizer_path: Path) -> None:
-    _wait_for(multiprocessing.active_children)
     worker = multiprocessing.active_children()[0]
     assert worker.pid is not None
     os.kill(worker.pid, signal.SIGKILL)

@@ -80,6 +80,7 @@ def test_another_tokenizer_is_reported_and_not_used(
 ) -> None:
     inspection = inspect(dataset, other_tokenizer_path)
     assert inspection.tokenizer_matches is False
+    assert inspection.checked_endings == 0
     assert all(sample.text is None for sample in inspection.samples)
     assert "another" in capsys.readouterr().out
 

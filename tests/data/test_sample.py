@@ -145,13 +145,13 @@ def _command(folder: Path, name: str, script: str) -> None:
 def test_nothing_is_left_of_a_corpus_that_cannot_be_written(
     small_library: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(sample_module, "flush_to_disk", _full_disk)
+    monkeypatch.setattr(sample_module, "sync", _full_disk)
     with pytest.raises(DataError, match=r"the corpus cannot be written \(No space left on device\)"):
         sample(tmp_path / "out", show_progress=False)
     assert list((tmp_path / "out").iterdir()) == []
 
 
-def _full_disk(file: object) -> None:
+def _full_disk(path: Path) -> None:
     raise OSError(28, "No space left on device")
 
 

@@ -202,6 +202,16 @@ def in_another_process(asynchronous: bool, soc: str) -> tuple[list[float], bool,
         return train("npu"), events_and_streams(), torch.npu.get_device_name()
 
 
+def only_shapes() -> tuple[list[int], list[str]]:
+    with emulated_npu(strict=False) as emulator:
+        import torch_npu
+
+        x = torch.ones(2, 8, device="npu")
+        with emulator.record() as calls:
+            output = torch_npu.npu_geglu(x)[0]
+        return list(output.shape), [call.name for call in calls]
+
+
 @pytest.mark.ascend
 def test_training_equals_the_cpu(emulator: Emulator) -> None:
     assert train("npu") == train("cpu")
@@ -224,6 +234,13 @@ def test_streams_and_task_queues(
     assert losses == train("cpu")
     assert streams_work
     assert name == soc
+
+
+@pytest.mark.ascend
+@needs_torch_npu
+def test_without_strictness_an_operator_without_values_has_its_shapes() -> None:
+    with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as pool:
+        assert pool.submit(only_shapes).result() == ([2, 4], ["aclnnGeGluV3"])
 
 
 def compile_with(compiler: str) -> list[str]:

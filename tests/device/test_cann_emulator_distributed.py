@@ -1,10 +1,13 @@
 """ProcessGroupHCCL on the emulated HCCL: all checks of a world size run in the same processes, started once."""
 
 import os
+import re
+import signal
 import time
 import traceback
 from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
 from importlib.util import find_spec
 from multiprocessing import get_context
 from pathlib import Path
@@ -212,7 +215,6 @@ def train(model: nn.Module, batches: Tensor, group: dist.ProcessGroup | None) ->
         loss = model(batch).square().mean()
         optimizer.zero_grad()
         loss.backward()
-        nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
         loss = loss.detach()
         if group is not None:
@@ -240,36 +242,10 @@ def check_fully_sharded_and_tensor_parallel_training(emulator: Emulator, rank: i
         if size > shards:
             parallelize_module(layer, mesh["tp"], {"up": ColwiseParallel(), "down": RowwiseParallel()})
         fully_shard(layer, mesh=mesh["dp"])
-    if size > shards:
-        parallelize_module(model, mesh["tp"], {"2": ColwiseParallel(output_layouts=None, use_local_output=True)})
     fully_shard(model, mesh=mesh["dp"])
     own = batches.chunk(shards, dim=1)[mesh["dp"].get_local_rank()].npu()
     losses = train(model, own, mesh["dp"].get_group())
     torch.testing.assert_close(torch.tensor(losses), torch.tensor(expected), atol=1e-6, rtol=1e-5)
-
-
-def check_a_mismatch_names_both_calls(emulator: Emulator, rank: int, size: int) -> None:
-    group = dist.new_group(range(size))
-    tensor = torch.ones(4).npu()
-    dist.all_reduce(tensor, group=group)  # joins the ranks
-    with pytest.raises(RuntimeError, match=r"calls Hccl\w+ of \d+ bytes .* where this rank expects Hccl|has ended"):
-        if rank == 0:
-            dist.all_reduce(tensor, group=group)
-        else:
-            dist.broadcast(tensor, src=1, group=group)
-        torch.npu.synchronize()
-
-
-def check_a_rank_that_does_not_come_is_named(emulator: Emulator, rank: int, size: int) -> None:
-    group = dist.new_group(range(size))
-    tensor = torch.ones(4).npu()
-    dist.all_reduce(tensor, group=group)
-    if rank == 0:
-        os.environ["HCCL_EXEC_TIMEOUT"] = "1"
-        with pytest.raises(RuntimeError, match=r"HcclAllReduce: waited 1\.0+ s \(HCCL_EXEC_TIMEOUT\) for rank 1"):
-            dist.all_reduce(tensor, group=group)
-            torch.npu.synchronize()
-        os.environ["HCCL_EXEC_TIMEOUT"] = "300"
 
 
 CHECKS: dict[str, Callable[[Emulator, int, int], None]] = {
@@ -318,28 +294,50 @@ def test_collectives(size: int, check: str, failures: Callable[[int], dict[str, 
     assert failures(size).get(check) is None, failures(size)[check]
 
 
-def leave_or_wait(rank: int, store: str) -> tuple[str, float]:
+def fail_in_three_ways(rank: int, store: str) -> dict[str, str]:
+    """The errors of a mismatch, of a rank that does not come, and of one that dies."""
+
+    def error_of(collective: Callable[[], object]) -> str:
+        with pytest.raises(RuntimeError) as error:
+            collective()
+        return str(error.value)
+
+    errors = {}
     install()
     torch.npu.set_device(rank)
     dist.init_process_group("hccl", store=dist.FileStore(store, 2), rank=rank, world_size=2)
-    tensor = torch.ones(2).npu()
-    dist.all_reduce(tensor)
+    tensor, groups = torch.ones(4).npu(), [dist.new_group([0, 1]) for _ in range(3)]
+    for group in groups:
+        dist.all_reduce(tensor, group=group)  # joins the ranks
+
+    if rank == 0:
+        errors["mismatch"] = error_of(lambda: dist.all_reduce(tensor, group=groups[0]))
+        os.environ["HCCL_EXEC_TIMEOUT"] = "1"
+        errors["absent"] = error_of(lambda: dist.all_reduce(tensor, group=groups[1]))
+        os.environ["HCCL_EXEC_TIMEOUT"] = "300"
+    else:
+        error_of(lambda: dist.broadcast(tensor, src=1, group=groups[0]))
+
+    dist.all_reduce(tensor, group=groups[2])
     if rank == 1:
-        os.kill(os.getpid(), 9)
+        os.kill(os.getpid(), signal.SIGKILL)
     start = time.monotonic()
-    try:
-        dist.all_reduce(tensor)
-    except RuntimeError as error:
-        return str(error), time.monotonic() - start
-    return "no error", 0
+    errors["dead"] = error_of(lambda: dist.all_reduce(tensor, group=groups[2]))
+    assert time.monotonic() - start < 20
+    return errors
 
 
-def test_a_rank_that_dies_ends_the_others_wait(tmp_path: Path) -> None:
+def test_failures_end_the_wait_and_name_the_rank(tmp_path: Path) -> None:
     pools = [ProcessPoolExecutor(1, mp_context=get_context("spawn")) for _ in range(2)]
-    waiting, _ = (pool.submit(leave_or_wait, rank, str(tmp_path / "s")) for rank, pool in enumerate(pools))
-    message, seconds = waiting.result(timeout=60)
-    assert "HcclAllReduce: the process of rank 1 has ended" in message
-    assert seconds < 20
+    surviving, dying = (pool.submit(fail_in_three_ways, rank, str(tmp_path / "s")) for rank, pool in enumerate(pools))
+    errors = surviving.result(timeout=100)
+    assert isinstance(dying.exception(timeout=10), BrokenProcessPool)
+    assert re.search(
+        r"rank 1 calls HcclBroadcast of 16 bytes .* where this rank expects HcclAllReduce of 8 bytes",
+        errors["mismatch"],
+    )
+    assert re.search(r"HcclAllReduce: waited 1\.0+ s \(HCCL_EXEC_TIMEOUT\) for rank 1", errors["absent"])
+    assert "HcclAllReduce: the process of rank 1 has ended" in errors["dead"]
     assert not list(Path("/dev/shm").glob("pangu-cann-emulator.*"))
     for pool in pools:
         pool.shutdown()

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Iterator
 from importlib.util import find_spec
+from types import ModuleType
 
 import pytest
 import torch
@@ -22,7 +23,7 @@ def emulator() -> Iterator[Emulator]:
 
 
 @pytest.fixture(scope="module")
-def npu(emulator: Emulator):  # noqa: ANN201 - the module torch_npu
+def npu(emulator: Emulator) -> ModuleType:
     import torch_npu
 
     return torch_npu
@@ -58,7 +59,7 @@ def assert_same(
     assert set(reached) <= {call.name for call in calls}
 
 
-def test_rms_norm(emulator: Emulator, npu) -> None:
+def test_rms_norm(emulator: Emulator, npu: ModuleType) -> None:
     assert_same(
         emulator,
         lambda x, weight: npu.npu_rms_norm(x, weight, 1e-6)[0],
@@ -68,7 +69,7 @@ def test_rms_norm(emulator: Emulator, npu) -> None:
     )
 
 
-def test_rms_norm_in_bfloat16(npu) -> None:
+def test_rms_norm_in_bfloat16(npu: ModuleType) -> None:
     x, weight, grad = randn(6, 32).bfloat16(), randn(32).bfloat16(), randn(6, 32).bfloat16()
     y, rstd = npu.npu_rms_norm(x.npu(), weight.npu(), 1e-6)
     assert (y.dtype, rstd.dtype, rstd.shape) == (torch.bfloat16, torch.float32, (6, 1))
@@ -78,7 +79,7 @@ def test_rms_norm_in_bfloat16(npu) -> None:
     assert (dx.dtype, dweight.dtype) == (torch.bfloat16, torch.float32)
 
 
-def test_add_rms_norm_has_values_and_no_derivative(emulator: Emulator, npu) -> None:
+def test_add_rms_norm_has_values_and_no_derivative(emulator: Emulator, npu: ModuleType) -> None:
     x, y, weight = randn(6, 32), randn(32, 6).t(), randn(32)
     with emulator.record() as calls:
         normed, _, total = npu.npu_add_rms_norm(x.npu(), y.contiguous().npu(), weight.npu(), 1e-6)
@@ -89,7 +90,7 @@ def test_add_rms_norm_has_values_and_no_derivative(emulator: Emulator, npu) -> N
         npu.npu_add_rms_norm(x.npu().requires_grad_(), x.npu(), weight.npu(), 1e-6)[0].sum().backward()
 
 
-def test_swiglu(emulator: Emulator, npu) -> None:
+def test_swiglu(emulator: Emulator, npu: ModuleType) -> None:
     assert_same(
         emulator,
         lambda x: npu.npu_swiglu(x, dim=-1),
@@ -109,7 +110,7 @@ def rotate_pairs(x: Tensor) -> Tensor:
 
 
 @pytest.mark.parametrize(("mode", "rotate"), [("half", rotate_half), ("interleave", rotate_pairs)])
-def test_rotary_mul(emulator: Emulator, npu, mode: str, rotate: Callable[[Tensor], Tensor]) -> None:
+def test_rotary_mul(emulator: Emulator, npu: ModuleType, mode: str, rotate: Callable[[Tensor], Tensor]) -> None:
     assert_same(
         emulator,
         lambda x, cos, sin: npu.npu_rotary_mul(x, cos, sin, mode),
@@ -125,7 +126,7 @@ def masked_attention(q: Tensor, k: Tensor, v: Tensor, allowed: Tensor) -> Tensor
     return F.scaled_dot_product_attention(q, k, v, allowed, scale=0.3, enable_gqa=True)[0].transpose(0, 1)
 
 
-def test_attention_of_documents(emulator: Emulator, npu) -> None:
+def test_attention_of_documents(emulator: Emulator, npu: ModuleType) -> None:
     """TND, grouped queries, documents with more keys than queries: what decoding and training with packing use."""
     q_ends, kv_ends = [3, 7, 12], [4, 10, 15]
 
@@ -167,7 +168,7 @@ def test_attention_of_documents(emulator: Emulator, npu) -> None:
     ],
 )
 def test_attention_layouts_and_masks(
-    emulator: Emulator, npu, layout: str, sparse_mode: int, pre: int, next_: int, allowed: Tensor
+    emulator: Emulator, npu: ModuleType, layout: str, sparse_mode: int, pre: int, next_: int, allowed: Tensor
 ) -> None:
     def arrange(x: Tensor) -> Tensor:  # from [batch, sequence, heads, dim]
         if layout in ("BSH", "SBH"):
@@ -210,7 +211,7 @@ def test_scaled_dot_product_attention_reaches_the_fused_operator(emulator: Emula
     )
 
 
-def test_attention_over_two_halves_of_the_keys_can_be_merged(npu) -> None:
+def test_attention_over_two_halves_of_the_keys_can_be_merged(npu: ModuleType) -> None:
     q, k, v = (randn(4, 2, 8).npu(), randn(6, 2, 8).npu(), randn(6, 2, 8).npu() + 1)
 
     def attend(k: Tensor, v: Tensor) -> list[Tensor]:
@@ -225,7 +226,7 @@ def test_attention_over_two_halves_of_the_keys_can_be_merged(npu) -> None:
 
 
 @pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
-def test_cross_entropy(emulator: Emulator, npu, reduction: str) -> None:
+def test_cross_entropy(emulator: Emulator, npu: ModuleType, reduction: str) -> None:
     labels = torch.tensor([1, 2, -100, 3, 4, 0])
     assert_same(
         emulator,
@@ -236,7 +237,7 @@ def test_cross_entropy(emulator: Emulator, npu, reduction: str) -> None:
     )
 
 
-def test_fused_adamw(emulator: Emulator, npu) -> None:
+def test_fused_adamw(emulator: Emulator, npu: ModuleType) -> None:
     """aten's operator, over a list of tensors, and torch_npu's own, whose beta powers are those of the step before."""
     start, grad = randn(3, 5), randn(5, 3).t().contiguous()
     exp_avg, exp_avg_sq = randn(3, 5) + 1, randn(3, 5).abs()
@@ -263,10 +264,10 @@ def test_fused_adamw(emulator: Emulator, npu) -> None:
     assert "aclnnApplyAdamWV2" in {call.name for call in calls}
 
 
-def test_what_the_numerics_do_not_cover_is_an_error(npu) -> None:
+def test_what_the_numerics_do_not_cover_is_an_error(npu: ModuleType) -> None:
     q = randn(4, 2, 8).npu()
     ends = {"actual_seq_qlen": [4], "actual_seq_kvlen": [4]}
-    with pytest.raises(NotImplementedError, match="npu_fusion_attention.*no numerics for argument 'keep_prob'"):
+    with pytest.raises(NotImplementedError, match=r"npu_fusion_attention.*no numerics for argument 'keep_prob'"):
         npu.npu_fusion_attention(q, q, q, 2, "TND", keep_prob=0.5, **ends)
 
 
@@ -277,7 +278,15 @@ def test_what_the_numerics_do_not_cover_is_an_error(npu) -> None:
         (lambda npu, x: npu.npu_rotary_mul(x[..., :3], x[..., :3], x[..., :3]), "the last dimension is odd"),
         (
             lambda npu, x: npu.npu_fusion_attention(
-                x, x, x, 2, "TND", atten_mask=x[:, 0, :4].bool(), sparse_mode=3, actual_seq_qlen=[4], actual_seq_kvlen=[4]
+                x,
+                x,
+                x,
+                2,
+                "TND",
+                atten_mask=x[:, 0, :4].bool(),
+                sparse_mode=3,
+                actual_seq_qlen=[4],
+                actual_seq_kvlen=[4],
             ),
             r"sparse_mode needs a mask of \(2048, 2048\)",
         ),
@@ -287,12 +296,14 @@ def test_what_the_numerics_do_not_cover_is_an_error(npu) -> None:
         ),
     ],
 )
-def test_documented_limits_that_host_code_lets_through(npu, call: Callable[..., object], message: str) -> None:
+def test_documented_limits_that_host_code_lets_through(
+    npu: ModuleType, call: Callable[..., object], message: str
+) -> None:
     with pytest.raises(RuntimeError, match=message):
         call(npu, randn(4, 2, 8).npu())
 
 
-def test_host_code_still_checks_arguments(npu) -> None:
+def test_host_code_still_checks_arguments(npu: ModuleType) -> None:
     with pytest.raises(RuntimeError, match="world_size should be in"):
         npu.npu_all_gather_base_mm(
             torch.zeros(2, 256, dtype=torch.bfloat16).npu(), torch.zeros(256, 4, dtype=torch.bfloat16).npu(), "group", 3

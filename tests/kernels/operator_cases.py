@@ -101,6 +101,9 @@ _ATTENTION = (
     ("equal_documents", 2, 2, (4, 4, 4, 1, 1), (4, 4, 4, 1, 1)),
     ("decode", 4, 2, (1, 1, 1), (3, 1, 7)),
     ("chunked_prefill", 4, 2, (3, 0, 2, 1), (5, 4, 2, 6)),
+    ("keys_without_queries", 2, 1, (0, 3), (2, 3)),
+    ("blocks_of_queries", 2, 1, (300, 300), (300, 300)),
+    ("blocks_behind_a_cache", 2, 2, (259,), (270,)),
     ("many_documents", 2, 1, (1, 2, 3) * 9, (1, 2, 3) * 9),
 )
 

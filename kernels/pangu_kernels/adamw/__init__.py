@@ -8,6 +8,7 @@ from torch import Tensor
 from pangu_kernels.adamw import cpu, reference
 from pangu_kernels.checks import check_operand, check_same_dtype, check_tensor
 from pangu_kernels.registration import define, implement
+from pangu_kernels.triton_support import triton_or
 
 
 @torch.no_grad()
@@ -74,3 +75,4 @@ _step = define(
     fake=_fake,
 )
 implement("adamw", "cpu", cpu.step_)
+implement("adamw", "cuda", triton_or(reference.step_))

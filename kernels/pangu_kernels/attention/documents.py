@@ -19,14 +19,14 @@ class Run:
     k_length: int
 
     def queries(self, x: Tensor) -> Tensor:
-        """Their rows of `[Tq, heads, D]` as `[count, heads, q_length, D]`, a view."""
+        """Their rows of `[Tq, heads, ...]` as `[count, heads, q_length, ...]`, a view."""
         rows = x.narrow(0, self.q_start, self.count * self.q_length)
-        return rows.unflatten(0, (self.count, self.q_length)).transpose(1, 2)
+        return rows.view(self.count, self.q_length, *x.shape[1:]).transpose(1, 2)
 
     def keys(self, x: Tensor) -> Tensor:
-        """Their rows of `[Tk, heads, D]` as `[count, heads, k_length, D]`, a view."""
+        """Their rows of `[Tk, heads, ...]` as `[count, heads, k_length, ...]`, a view."""
         rows = x.narrow(0, self.k_start, self.count * self.k_length)
-        return rows.unflatten(0, (self.count, self.k_length)).transpose(1, 2)
+        return rows.view(self.count, self.k_length, *x.shape[1:]).transpose(1, 2)
 
 
 def document_runs(cu_seqlens_q: Tensor, cu_seqlens_k: Tensor, q: Tensor, k: Tensor) -> list[Run]:

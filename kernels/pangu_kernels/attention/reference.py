@@ -25,7 +25,7 @@ def forward(
             log_total = scores.logsumexp(-1)  # [count, Hq, Tq]
             probabilities = (scores - log_total.unsqueeze(-1)).exp()
             run.queries(out).copy_(probabilities @ _per_query_head(run, v, q))
-            run.queries(logsumexp.unsqueeze(-1)).copy_(log_total.unsqueeze(-1))
+            run.queries(logsumexp).copy_(log_total)
     return out, logsumexp
 
 
@@ -50,7 +50,7 @@ def backward(
         if run.q_length:
             wide_q, wide_out, wide_d_out = (run.queries(x).to(logsumexp.dtype) for x in (q, out, d_out))
             wide_k, wide_v = _per_query_head(run, k, q), _per_query_head(run, v, q)
-            probabilities = (_scores(run, q, k, scale) - run.queries(logsumexp.unsqueeze(-1))).exp()
+            probabilities = (_scores(run, q, k, scale) - run.queries(logsumexp).unsqueeze(-1)).exp()
             delta = (wide_d_out * wide_out).sum(-1, keepdim=True)
             d_scores = probabilities * (wide_d_out @ wide_v.mT - delta)
             run.queries(d_q).copy_(scale * d_scores @ wide_k)

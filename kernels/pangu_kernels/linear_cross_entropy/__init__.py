@@ -9,6 +9,7 @@ from pangu_kernels.checks import check_operand, check_tensor, describe
 from pangu_kernels.linear_cross_entropy import cpu, reference
 from pangu_kernels.precision import accumulation_dtype
 from pangu_kernels.registration import define, implement
+from pangu_kernels.triton_support import triton_or
 
 
 def linear_cross_entropy(
@@ -106,3 +107,4 @@ _backward = define(
     fake=_fake_backward,
 )
 implement("linear_cross_entropy", "cpu", cpu.forward)
+implement("linear_cross_entropy", "cuda", triton_or(reference.forward))

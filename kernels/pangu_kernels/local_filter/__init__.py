@@ -7,7 +7,8 @@ from torch import Tensor
 
 from pangu_kernels.checks import check_boundaries, check_operand, check_tensor
 from pangu_kernels.local_filter import reference
-from pangu_kernels.registration import define
+from pangu_kernels.registration import define, implement
+from pangu_kernels.triton_support import triton_or
 
 
 def local_filter(
@@ -76,3 +77,5 @@ _backward = define(
     reference=reference.backward,
     fake=_fake_backward,
 )
+implement("local_filter", "cuda", triton_or(reference.forward))
+implement("local_filter_backward", "cuda", triton_or(reference.backward))

@@ -8,6 +8,7 @@ from torch import Tensor
 from pangu_kernels.checks import check_operand, check_tensor
 from pangu_kernels.registration import define, implement
 from pangu_kernels.rope import cpu, reference
+from pangu_kernels.triton_support import triton_or
 
 
 def rope(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
@@ -50,3 +51,5 @@ _backward = define(
 )
 implement("rope", "cpu", cpu.forward)
 implement("rope_backward", "cpu", cpu.backward)
+implement("rope", "cuda", triton_or(reference.forward))
+implement("rope_backward", "cuda", triton_or(reference.backward))

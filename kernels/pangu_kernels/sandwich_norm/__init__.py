@@ -9,6 +9,7 @@ from pangu_kernels.checks import check_operand, check_same_dtype, check_tensor
 from pangu_kernels.precision import accumulation_dtype
 from pangu_kernels.registration import define, implement
 from pangu_kernels.sandwich_norm import cpu, reference
+from pangu_kernels.triton_support import triton_or
 
 
 def sandwich_norm(
@@ -121,3 +122,5 @@ _backward = define(
 )
 implement("sandwich_norm", "cpu", cpu.forward)
 implement("sandwich_norm_backward", "cpu", cpu.backward)
+implement("sandwich_norm", "cuda", triton_or(reference.forward))
+implement("sandwich_norm_backward", "cuda", triton_or(reference.backward))

@@ -1,7 +1,6 @@
 """The sandwich norm on the CPU: compiled for contiguous fp32, the reference for the rest.
 
-One pass over a row while it is in the cache, where two norms and an addition take a dozen passes over memory. Against
-the eager operations and PyTorch's own compiler, see `benchmarks/kernels.py`.
+A row stays in the cache from the first norm to the second, where separate operations pass over memory a dozen times.
 """
 
 import torch

@@ -8,6 +8,7 @@ from torch import Tensor
 from pangu_kernels.checks import check_tensor
 from pangu_kernels.registration import define, implement
 from pangu_kernels.swiglu import cpu, reference
+from pangu_kernels.triton_support import triton_or
 
 
 def swiglu(x: Tensor) -> Tensor:
@@ -47,3 +48,5 @@ _forward = define("swiglu(Tensor x) -> Tensor", reference=reference.forward, fak
 _backward = define("swiglu_backward(Tensor d_y, Tensor x) -> Tensor", reference=reference.backward, fake=_fake_backward)
 implement("swiglu", "cpu", cpu.forward)
 implement("swiglu_backward", "cpu", cpu.backward)
+implement("swiglu", "cuda", triton_or(reference.forward))
+implement("swiglu_backward", "cuda", triton_or(reference.backward))

@@ -32,7 +32,8 @@ class EmulatorConfig:
     """What the device says that it is: one of SOCS."""
     num_devices: int = 8
     asynchronous: bool = False
-    """Every stream works on a thread of its own. Otherwise whatever is put on one is done at once."""
+    """Every stream works on a thread of its own. Otherwise whatever is put on one is done at once; torch_npu's task queue
+    is then off too, unless TASK_QUEUE_ENABLE says otherwise."""
     strict: bool = True
     """An operator whose values the emulator cannot compute is an error. Otherwise its outputs hold arbitrary values."""
     memory_bytes: int = 64 << 30
@@ -49,9 +50,10 @@ class Call(NamedTuple):
 class Emulator:
     """The emulated CANN of this process."""
 
-    def __init__(self, config: EmulatorConfig, runtime: ctypes.CDLL) -> None:
+    def __init__(self, config: EmulatorConfig, runtime: ctypes.CDLL, operators: object) -> None:
         self.config = config
         self._runtime = runtime
+        self._operators = operators  # registered for as long as this exists
 
     @contextlib.contextmanager
     def record(self) -> Iterator[list[Call]]:
@@ -63,11 +65,11 @@ class Emulator:
         import torch
 
         calls: list[Call] = []
-        torch.npu.synchronize()
+        torch.accelerator.synchronize()
         self._runtime.emulator_record(1)
         try:
             yield calls
-            torch.npu.synchronize()
+            torch.accelerator.synchronize()
             lines = self._runtime.emulator_calls().decode().splitlines()
             calls.extend(Call(*line.split(":", 1)) for line in lines)
         finally:
@@ -110,15 +112,15 @@ def install(
     handles = {path.name: ctypes.CDLL(str(path), mode=ctypes.RTLD_GLOBAL) for path in libraries.cann}
     runtime, hccl = handles["libascendcl.so"], handles["libhccl.so"]
     runtime.emulator_calls.restype = ctypes.c_char_p
-    runtime.emulator_configure.argtypes = [ctypes.c_char_p, ctypes.c_uint32, ctypes.c_size_t, ctypes.c_int, ctypes.c_int]
-    runtime.emulator_configure(soc.encode(), num_devices, memory_bytes, asynchronous, strict)
+    runtime.emulator_configure(soc.encode(), num_devices, ctypes.c_size_t(memory_bytes), int(asynchronous), int(strict))
     _remove_stale_segments()
+    if not asynchronous:
+        os.environ.setdefault("TASK_QUEUE_ENABLE", "0")
     _import_torch_npu(libraries.cpu_fallback)
 
-    from pangu.device.cann_emulator import fused_ops
+    from pangu.device.cann_emulator.registration import register  # which imports torch
 
-    fused_ops.register(runtime, hccl)
-    _installed = Emulator(config, runtime)
+    _installed = Emulator(config, runtime, register(runtime, hccl))
     return _installed
 
 
@@ -135,8 +137,7 @@ def emulated_npu(
     yield emulator
     import torch
 
-    if torch.npu.is_initialized():
-        torch.npu.synchronize()
+    torch.accelerator.synchronize()
 
 
 def _validate(config: EmulatorConfig) -> None:

@@ -1,14 +1,13 @@
-"""What torch_npu's own operators compute, in plain PyTorch.
+"""What torch_npu's own operators compute, in plain PyTorch, by the formulas that their documentation gives.
 
-torch_npu's host code still runs first: it checks the arguments, allocates the outputs and reaches its aclnn function.
-The functions here then fill those outputs, whose shapes and dtypes they have to match. They see CPU tensors over the
-device's memory, compute in fp32, and take the operator's arguments by the names in its schema; an argument that they
-do not take must have its default. What aclnn documents as unsupported, and host code lets through, is refused.
+The functions see CPU tensors over the device's memory, compute in fp32, and take an operator's arguments by the names
+in its schema, as far as they support them; registration.py refuses the others. What aclnn documents as unsupported and
+torch_npu's host code lets through is refused here.
 """
 
 import ctypes
-import inspect
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -18,87 +17,7 @@ from torch import Tensor
 UNLIMITED = 2**31 - 1  # pre_tokens and next_tokens of a band without edges
 MASK_TEMPLATE = (2048, 2048)  # of the sparse modes that build their mask themselves
 
-Ends = Sequence[int] | Tensor | None  # where each sequence ends, cumulatively
-
-# Arguments that choose how a device computes and not what, or matter only beside another that is refused.
-_WITHOUT_EFFECT = {"comm_turn", "gen_mask_parallel", "inner_precise", "numels", "offset", "seed", "softmax_in", "sync"}
-_WITHOUT_EFFECT |= {"grad_zloss", "lse_for_zloss"}
-
-
-def register(runtime: ctypes.CDLL, hccl: ctypes.CDLL) -> None:
-    """Puts the functions of this module under torch_npu's schemas. To be called once, after torch_npu is imported."""
-    library = torch.library.Library("npu", "IMPL")
-    matmuls = CommunicatingMatmuls(hccl, runtime)
-    for name, numerics in (*OPERATORS.items(), *matmuls.operators().items()):
-        genuine = torch.library.get_kernel(f"npu::{name}", "PrivateUse1")
-        kernel = _with_numerics(f"npu::{name}", genuine, numerics, runtime)
-        library.impl(name, kernel, "PrivateUse1", with_keyset=True, allow_override=True)
-    _registrations.append(library)
-
-
-# A library's kernels go when the object does.
-_registrations: list[torch.library.Library] = []
-
-
-def _with_numerics(
-    name: str, genuine: Any, numerics: Callable[..., Any], runtime: ctypes.CDLL
-) -> Callable[..., Any]:
-    """torch_npu's kernel followed by `numerics`, whose results are written into the kernel's outputs."""
-    schema = torch._C._get_schema(*_split_overload(name))
-    taken = inspect.signature(numerics).parameters
-
-    def kernel(keys: torch.DispatchKeySet, *args: Any, **kwargs: Any) -> Any:
-        if runtime.emulator_in_host_code():
-            return genuine.call_boxed(keys, *args, **kwargs)
-        runtime.emulator_enter_host_code()
-        try:
-            outputs = genuine.call_boxed(keys, *args, **kwargs)
-            torch.npu.current_stream().synchronize()
-        finally:
-            runtime.emulator_leave_host_code()
-        given = dict(zip((argument.name for argument in schema.arguments), args, strict=False)) | kwargs
-        _refuse_what_is_not_taken(name, schema, given, taken)
-        with torch.no_grad():
-            results = numerics(**{key: _on_cpu(value) for key, value in given.items() if key in taken})
-            _fill(name, outputs, results)
-        return outputs
-
-    return kernel
-
-
-def _split_overload(name: str) -> tuple[str, str]:
-    operator, _, overload = name.partition(".")
-    return operator, overload
-
-
-def _refuse_what_is_not_taken(name: str, schema: torch.FunctionSchema, given: dict[str, Any], taken: Any) -> None:
-    for argument in schema.arguments:
-        if argument.name in taken or argument.name in _WITHOUT_EFFECT:
-            continue
-        if given.get(argument.name, argument.default_value) != argument.default_value:
-            raise NotImplementedError(f"{name}: the CANN emulator has no numerics for argument {argument.name!r}")
-
-
-def _on_cpu(value: Any) -> Any:
-    if isinstance(value, Tensor):
-        return torch.ops.cann_emulator.alias_on_cpu(value) if value.device.type == "npu" else value
-    if isinstance(value, (list, tuple)):
-        return [_on_cpu(item) for item in value]
-    return value
-
-
-def _fill(name: str, outputs: Any, results: Any) -> None:
-    """Writes results into outputs; None leaves an output as host code made it."""
-    if results is None:
-        return
-    if isinstance(outputs, Tensor):
-        outputs, results = (outputs,), (results,)
-    for output, result in zip(outputs, results, strict=False):
-        if result is None:
-            continue
-        if output.shape != result.shape:
-            raise RuntimeError(f"{name}: host code made {tuple(output.shape)}, the emulator {tuple(result.shape)}")
-        _on_cpu(output).copy_(result)
+Ends = Sequence[int] | Tensor | None  # where each sequence ends, counted from the start of the batch
 
 
 def _require(condition: bool, message: str) -> None:
@@ -172,6 +91,47 @@ def _rotate(x: Tensor, mode: str) -> Tensor:
 # ---- attention
 
 
+@dataclass(frozen=True)
+class Layout:
+    """Finds the sequences of a batch in tensors of one input_layout."""
+
+    name: str
+    head_num: int
+    query_ends: Ends
+    key_ends: Ends
+
+    def queries(self, tensor: Tensor) -> list[Tensor]:
+        """Views [heads, length, head_dim], one for each sequence."""
+        return self._sequences(tensor, self.name, self.query_ends)
+
+    def keys(self, tensor: Tensor, query: Tensor) -> list[Tensor]:
+        if self.name in ("BSH", "SBH"):  # whose heads are told apart by the size that they have in query
+            tensor = tensor.unflatten(-1, (-1, query.shape[-1] // self.head_num))
+            return self._sequences(tensor, {"BSH": "BSND", "SBH": "SBND"}[self.name], None)
+        return self._sequences(tensor, self.name, self.key_ends)
+
+    def statistics(self, tensor: Tensor) -> list[Tensor]:
+        """Of softmax_max and softmax_sum, which repeat every number 8 times: views [heads, length, 1]."""
+        return [
+            view[..., :1] for view in self._sequences(tensor, "TND" if self.name == "TND" else "BNSD", self.query_ends)
+        ]
+
+    def new_statistics(self, query: Tensor) -> Tensor:
+        if self.name == "TND":
+            return torch.empty(*query.shape[:2], 8)
+        first = self.queries(query)
+        return torch.empty(len(first), *first[0].shape[:2], 8)
+
+    def _sequences(self, tensor: Tensor, layout: str, ends: Ends) -> list[Tensor]:
+        if layout == "TND":
+            stops = [int(end) for end in ends] if ends is not None else []
+            _require(stops[-1:] == [len(tensor)], f"TND: the last of actual_seq_len, {stops}, is not {len(tensor)}")
+            return [tensor[i:j].transpose(0, 1) for i, j in zip([0, *stops], stops, strict=False)]
+        if layout in ("BSH", "SBH"):
+            return self._sequences(tensor.unflatten(-1, (self.head_num, -1)), layout.replace("H", "ND"), None)
+        return list(tensor.permute([layout.index(dim) for dim in "BNSD"]).unbind())
+
+
 def fusion_attention(
     query: Tensor,
     key: Tensor,
@@ -186,27 +146,23 @@ def fusion_attention(
     actual_seq_kvlen: Ends = None,
     sparse_mode: int = 0,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Returns the output and, each repeated 8 times in a last dimension, every row's largest score and sum of exps."""
-    head_dim = query.shape[-1] // (head_num if input_layout in ("BSH", "SBH") else 1)
-    q = _sequences(query, input_layout, head_dim, actual_seq_qlen)
-    k = _sequences(key, input_layout, head_dim, actual_seq_kvlen)
-    v = _sequences(value, input_layout, head_dim, actual_seq_kvlen)
-    output = torch.empty(query.shape)
-    maximum, total = _statistics(query, input_layout, head_dim), _statistics(query, input_layout, head_dim)
-    statistics_layout = "TND" if input_layout == "TND" else "BNSD"
-    outputs = _sequences(output, input_layout, head_dim, actual_seq_qlen)
-    maxima = _sequences(maximum, statistics_layout, 8, actual_seq_qlen)
-    totals = _sequences(total, statistics_layout, 8, actual_seq_qlen)
-    for i in range(len(q)):
-        masked = _masked(q[i].shape[1], k[i].shape[1], atten_mask, sparse_mode, pre_tockens, next_tockens)
-        scores = _scores(q[i], k[i], scale, masked)
-        row_maximum = scores.amax(-1, keepdim=True)
-        exps = (scores - row_maximum).exp()
-        row_total = exps.sum(-1, keepdim=True)
-        outputs[i].copy_((exps / row_total) @ _for_query_heads(v[i], q[i]))
-        maxima[i].copy_(row_maximum.expand_as(maxima[i]))
-        totals[i].copy_(row_total.expand_as(totals[i]))
-    return output, maximum, total
+    """Returns the output and, repeated 8 times in a last dimension, each row's largest score and sum of exps."""
+    layout = Layout(input_layout, head_num, actual_seq_qlen, actual_seq_kvlen)
+    output, maximum, total = torch.empty(query.shape), layout.new_statistics(query), layout.new_statistics(query)
+    sequences = zip(
+        *map(layout.queries, (query, output)),
+        *(layout.keys(tensor, query) for tensor in (key, value)),
+        *map(layout.statistics, (maximum, total)),
+        strict=True,
+    )
+    for q, out, k, v, row_maximum, row_total in sequences:
+        masked = _masked(q.shape[1], k.shape[1], atten_mask, sparse_mode, pre_tockens, next_tockens)
+        scores = _scores(q, k, scale, masked)  # [heads, q, kv]
+        row_maximum.copy_(scores.amax(-1, keepdim=True))
+        exponentials = (scores - row_maximum).exp()
+        row_total.copy_(exponentials.sum(-1, keepdim=True))
+        out.copy_(exponentials / row_total @ _for_query_heads(v, q))
+    return output, maximum[..., :1].expand_as(maximum), total[..., :1].expand_as(total)
 
 
 def fusion_attention_grad(
@@ -227,31 +183,25 @@ def fusion_attention_grad(
     actual_seq_kvlen: Ends = None,
     sparse_mode: int = 0,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """From the saved statistics, not recomputed ones, so that ring attention may pass those over all keys."""
-    head_dim = query.shape[-1] // (head_num if input_layout in ("BSH", "SBH") else 1)
-    grads = [torch.zeros(tensor.shape) for tensor in (query, key, value)]
-    q, dq, grad, output = (
-        _sequences(tensor, input_layout, head_dim, actual_seq_qlen) for tensor in (query, grads[0], dy, attention_in)
+    """From the given statistics, not recomputed ones, so that ring attention may pass those over all keys."""
+    layout = Layout(input_layout, head_num, actual_seq_qlen, actual_seq_kvlen)
+    grads = (torch.empty(query.shape), torch.empty(key.shape), torch.empty(value.shape))
+    sequences = zip(
+        *map(layout.queries, (query, dy, attention_in, grads[0])),
+        *(layout.keys(tensor, query) for tensor in (key, value, grads[1], grads[2])),
+        *map(layout.statistics, (softmax_max, softmax_sum)),
+        strict=True,
     )
-    k, v, dk, dv = (
-        _sequences(tensor, input_layout, head_dim, actual_seq_kvlen) for tensor in (key, value, grads[1], grads[2])
-    )
-    statistics_layout = "TND" if input_layout == "TND" else "BNSD"
-    maxima, totals = (
-        _sequences(tensor, statistics_layout, 8, actual_seq_qlen) for tensor in (softmax_max, softmax_sum)
-    )
-    for i in range(len(q)):
-        masked = _masked(q[i].shape[1], k[i].shape[1], atten_mask, sparse_mode, pre_tockens, next_tockens)
-        scores = _scores(q[i], k[i], scale_value, masked)
-        probabilities = (scores - maxima[i][..., :1]).exp() / totals[i][..., :1]  # [heads, q, kv]
-        g = grad[i].float()
-        grad_probabilities = g @ _for_query_heads(v[i], q[i]).transpose(1, 2)
-        row_dot = (g * output[i].float()).sum(-1, keepdim=True)
-        grad_scores = probabilities * (grad_probabilities - row_dot) * scale_value
-        dq[i].copy_(grad_scores @ _for_query_heads(k[i], q[i]))
-        dk[i].copy_(_sum_over_query_heads(grad_scores.transpose(1, 2) @ q[i].float(), k[i]))
-        dv[i].copy_(_sum_over_query_heads(probabilities.transpose(1, 2) @ g, v[i]))
-    return grads[0], grads[1], grads[2]
+    for q, grad, out, dq, k, v, dk, dv, row_maximum, row_total in sequences:
+        masked = _masked(q.shape[1], k.shape[1], atten_mask, sparse_mode, pre_tockens, next_tockens)
+        probabilities = (_scores(q, k, scale_value, masked) - row_maximum).exp() / row_total  # [heads, q, kv]
+        grad_probabilities = grad.float() @ _for_query_heads(v, q).transpose(1, 2)
+        mean_grad = (grad.float() * out.float()).sum(-1, keepdim=True)
+        grad_scores = probabilities * (grad_probabilities - mean_grad) * scale_value
+        dq.copy_(grad_scores @ _for_query_heads(k, q))
+        dk.copy_(_sum_over_query_heads(grad_scores.transpose(1, 2) @ q.float(), k))
+        dv.copy_(_sum_over_query_heads(probabilities.transpose(1, 2) @ grad.float(), v))
+    return grads
 
 
 def ring_attention_update(
@@ -273,26 +223,6 @@ def ring_attention_update(
     total = previous + current
     output = prev_attn_out.float() * (previous / total)[..., :1] + cur_attn_out.float() * (current / total)[..., :1]
     return output, maximum, total
-
-
-def _sequences(tensor: Tensor, layout: str, head_dim: int, ends: Ends) -> list[Tensor]:
-    """A view [heads, length, head_dim] of every sequence in the batch."""
-    if layout == "TND":
-        stops = [int(end) for end in ends] if ends is not None else []
-        _require(stops[-1:] == [tensor.shape[0]], f"TND: the last of actual_seq_len, {stops}, is not {tensor.shape[0]}")
-        starts = [0, *stops[:-1]]
-        return [tensor[start:stop].transpose(0, 1) for start, stop in zip(starts, stops, strict=True)]
-    if layout in ("BSH", "SBH"):
-        tensor = tensor.unflatten(-1, (-1, head_dim))
-    order = {"BSH": (0, 2, 1, 3), "SBH": (1, 2, 0, 3), "BSND": (0, 2, 1, 3), "BNSD": (0, 1, 2, 3)}[layout]
-    return list(tensor.permute(order).unbind())
-
-
-def _statistics(query: Tensor, layout: str, head_dim: int) -> Tensor:
-    if layout == "TND":
-        return torch.empty(*query.shape[:2], 8)
-    first = _sequences(query, layout, head_dim, None)
-    return torch.empty(len(first), *first[0].shape[:2], 8)
 
 
 def _masked(
@@ -439,9 +369,9 @@ class CommunicatingMatmuls:
     def _all_gather(self, tensor: Tensor, hcom: str) -> Tensor:
         tensor = tensor.contiguous()
         gathered = tensor.new_empty(self._size(hcom), *tensor.shape)
-        stream = torch.npu.current_stream()
+        stream: Any = torch.accelerator.current_stream()  # whose stub lacks native_handle
         status = self._hccl.emulator_all_gather(
-            hcom.encode(), tensor.data_ptr(), gathered.data_ptr(), tensor.nbytes, stream.npu_stream
+            hcom.encode(), tensor.data_ptr(), gathered.data_ptr(), tensor.nbytes, stream.native_handle
         )
         if status != 0:
             raise RuntimeError(self._runtime.aclGetRecentErrMsg().decode())

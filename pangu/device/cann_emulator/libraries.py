@@ -108,7 +108,7 @@ def _build_into(folder: Path, compiler: str, torch_npu: Path, torch: Path) -> No
             _FALLBACK: ["cpu_fallback.cpp", *include, *torch_libraries],
             _OPERATORS: ["opapi.cpp", "generated.cpp", *include, _list_definition(built / "operators.inc")],
             _RUNTIME: [*runtime, _list_definition(built / "functions.inc")],
-            _HCCL: ["hccl.cpp", "communicator.cpp", *include],
+            _HCCL: ["hccl.cpp", "communicator.cpp", "reduction.cpp", *include],
         }
         # The remaining names hold nothing themselves: what is looked up in them is found in the runtime.
         others = symbols.needed_libraries(torch_npu, torch) - libraries.keys()

@@ -21,7 +21,7 @@ struct Segment;
 // What both ends of a transfer must agree on; it travels before the bytes.
 struct Call {
   char name[24];
-  std::uint32_t dtype;
+  std::uint64_t dtype;
   std::uint64_t bytes;
 };
 

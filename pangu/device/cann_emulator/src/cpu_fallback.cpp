@@ -169,9 +169,11 @@ at::Generator draw_cpu_generator(at::Generator generator) {
 // Lends the default CPU generator's state to an operator that takes no generator argument.
 class BorrowedDefaultGenerator {
  public:
-  explicit BorrowedDefaultGenerator(const at::Generator& generator) : saved_(at::detail::getDefaultCPUGenerator().get_state()) {
+  explicit BorrowedDefaultGenerator(const at::Generator& generator)
+      : saved_(at::detail::getDefaultCPUGenerator().get_state()) {
     set_state(generator.get_state());
   }
+
   ~BorrowedDefaultGenerator() { set_state(saved_); }
 
  private:

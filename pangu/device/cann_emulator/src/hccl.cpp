@@ -1,21 +1,22 @@
 // The HCCL interface: every collective is one or two exchanges of byte spans between the ranks of a communicator,
 // followed by a reduction in rank order, so that all ranks get the same bits.
-#include <c10/util/BFloat16.h>
-#include <c10/util/Half.h>
+#include <unistd.h>
 
-#include <algorithm>
 #include <cstdio>
+#include <cstring>
+#include <functional>
 #include <map>
 #include <memory>
 #include <mutex>
 #include <random>
-#include <unistd.h>
 
 #include "communicator.h"
+#include "reduction.h"
 
 using emulator::Communicator;
 using emulator::fail;
 using emulator::kSuccess;
+using emulator::size_of;
 using emulator::Span;
 using emulator::Status;
 using emulator::Transfers;
@@ -25,60 +26,6 @@ namespace {
 
 constexpr Status kHcclNotSupported = 5;
 constexpr std::size_t kRootInfoBytes = 4108;
-
-enum DataType : std::uint32_t {
-  kInt8 = 0, kInt16 = 1, kInt32 = 2, kFloat16 = 3, kFloat32 = 4, kInt64 = 5, kUInt64 = 6, kUInt8 = 7, kUInt16 = 8,
-  kUInt32 = 9, kFloat64 = 10, kBFloat16 = 11, kInt128 = 12,
-};
-
-enum ReduceOp : std::uint32_t { kSum = 0, kProduct = 1, kMaximum = 2, kMinimum = 3 };
-
-std::size_t size_of(std::uint32_t dtype) {
-  switch (dtype) {
-    case kInt16: case kFloat16: case kUInt16: case kBFloat16: return 2;
-    case kInt32: case kFloat32: case kUInt32: return 4;
-    case kInt64: case kUInt64: case kFloat64: return 8;
-    case kInt128: return 16;
-    default: return 1;  // 8-bit integers and floats
-  }
-}
-
-// T is the element's type, Sum the type that partial results are kept in.
-template <typename T, typename Sum = T>
-void reduce_as(void* result, const std::vector<const char*>& parts, std::size_t count, std::uint32_t op) {
-  for (std::size_t i = 0; i < count; i++) {
-    Sum total = static_cast<Sum>(reinterpret_cast<const T*>(parts[0])[i]);
-    for (std::size_t part = 1; part < parts.size(); part++) {
-      Sum value = static_cast<Sum>(reinterpret_cast<const T*>(parts[part])[i]);
-      switch (op) {
-        case kSum: total += value; break;
-        case kProduct: total *= value; break;
-        case kMaximum: total = std::max(total, value); break;
-        default: total = std::min(total, value); break;
-      }
-    }
-    static_cast<T*>(result)[i] = static_cast<T>(total);
-  }
-}
-
-// `result` may be one of the parts.
-void reduce(void* result, const std::vector<const char*>& parts, std::size_t count, std::uint32_t dtype,
-            std::uint32_t op) {
-  switch (dtype) {
-    case kInt8: return reduce_as<std::int8_t>(result, parts, count, op);
-    case kInt16: return reduce_as<std::int16_t>(result, parts, count, op);
-    case kInt32: return reduce_as<std::int32_t>(result, parts, count, op);
-    case kInt64: return reduce_as<std::int64_t>(result, parts, count, op);
-    case kUInt8: return reduce_as<std::uint8_t>(result, parts, count, op);
-    case kUInt16: return reduce_as<std::uint16_t>(result, parts, count, op);
-    case kUInt32: return reduce_as<std::uint32_t>(result, parts, count, op);
-    case kUInt64: return reduce_as<std::uint64_t>(result, parts, count, op);
-    case kFloat32: return reduce_as<float>(result, parts, count, op);
-    case kFloat64: return reduce_as<double>(result, parts, count, op);
-    case kFloat16: return reduce_as<c10::Half, float>(result, parts, count, op);
-    case kBFloat16: return reduce_as<c10::BFloat16, float>(result, parts, count, op);
-  }
-}
 
 Communicator* as_communicator(void* handle) { return static_cast<Communicator*>(handle); }
 
@@ -126,7 +73,7 @@ struct Sizes {
 // Every rank's `sizes.counts[rank]` elements of the input are reduced over all ranks into that rank's result.
 Task reduce_scatter(const char* name, const void* input, const Sizes& sizes, void* result, std::uint32_t dtype,
                     std::uint32_t op, Communicator* communicator) {
-  if (dtype > kBFloat16) {
+  if (!emulator::can_reduce(dtype)) {
     return [=] { return fail(kHcclNotSupported, std::string(name) + " cannot reduce dtype " + std::to_string(dtype)); };
   }
   const std::size_t count = sizes.counts[communicator->rank];
@@ -135,7 +82,7 @@ Task reduce_scatter(const char* name, const void* input, const Sizes& sizes, voi
   auto finish = [=, keep_alive = arrived] {
     std::vector<const char*> parts;
     for (const Span& span : incoming) parts.push_back(static_cast<const char*>(span.data));
-    reduce(result, parts, count, dtype, op);
+    emulator::reduce(result, parts, count, dtype, op);
   };
   return exchange(name, dtype, communicator, sizes.spans(input, dtype), incoming, finish);
 }
@@ -190,7 +137,7 @@ CANN_API Status emulator_all_gather(const char* name, const void* input, void* r
                                     void* stream) {
   Communicator* communicator = find_communicator(name);
   Sizes shares(bytes, communicator->size);
-  return emulator::enqueue(stream, all_gather("operator", input, result, shares, kUInt8, communicator));
+  return emulator::enqueue(stream, all_gather("operator", input, result, shares, emulator::kUInt8, communicator));
 }
 
 // ---- communicators
@@ -345,7 +292,7 @@ CANN_API Status HcclScatter(void* input, void* result, std::uint64_t count, std:
 CANN_API Status HcclBarrier(void* handle, void* stream) {
   Communicator* communicator = as_communicator(handle);
   const std::vector<Span> nothing(communicator->size, {nullptr, 0});  // that a call is made is message enough
-  return launch("HcclBarrier", stream, exchange("HcclBarrier", kInt8, communicator, nothing, nothing));
+  return launch("HcclBarrier", stream, exchange("HcclBarrier", emulator::kInt8, communicator, nothing, nothing));
 }
 
 CANN_API Status HcclAlltoAllV(const void* input, const std::uint64_t* input_counts, const std::uint64_t* input_offsets,

@@ -137,7 +137,8 @@ Status copy(const Tensor& source, const Tensor& target, const std::vector<std::i
     const char* element = element_at(source, index, shift);
     stored &= store(address, target.dtype, element == nullptr ? fill : load(element, source.dtype));
   });
-  return stored ? kSuccess : emulator::fail(emulator::kOperatorFailed, "no copy to dtype " + std::to_string(target.dtype));
+  if (stored) return kSuccess;
+  return emulator::fail(emulator::kOperatorFailed, "no copy to dtype " + std::to_string(target.dtype));
 }
 
 using Executor = std::function<Status()>;

@@ -1,6 +1,7 @@
 // The emulated runtime: configuration, the call log, devices, versions and options.
 #include <unistd.h>
 
+#include <atomic>
 #include <chrono>
 #include <cstdlib>
 #include <cstring>
@@ -21,7 +22,7 @@ thread_local std::int32_t device_of_thread = -1;
 std::mutex state_mutex;
 std::string last_error = "no error";
 std::string call_log;
-bool recording = false;
+std::atomic<bool> recording{false};
 thread_local int host_code_depth = 0;
 int threads_in_host_code = 0;
 
@@ -145,17 +146,17 @@ CANN_API Status aclrtGetPrimaryCtxState(std::int32_t device, std::uint32_t* flag
   return kSuccess;
 }
 
-// The number of cube cores, or twice as many vector cores, of the chosen chip.
+// The chosen chip's number of cube cores (kind 0), of vector cores (1) or bytes of L2 cache (2).
 CANN_API Status aclGetDeviceCapability(std::uint32_t /*device*/, std::int32_t kind, std::int64_t* value) {
-  constexpr std::int32_t kVectorCores = 1;
   const std::int64_t cube_cores = config().soc == "Ascend910B3" ? 20 : 24;
-  *value = kind == kVectorCores ? 2 * cube_cores : cube_cores;
+  const std::int64_t values[] = {cube_cores, 2 * cube_cores, std::int64_t{192} << 20};
+  *value = kind >= 0 && kind < 3 ? values[kind] : 0;
   return kSuccess;
 }
 
 CANN_API Status aclrtGetDeviceInfo(std::uint32_t device, std::int32_t attribute, std::int64_t* value) {
-  constexpr std::int32_t kVectorCoreAttribute = 201;
-  return aclGetDeviceCapability(device, attribute == kVectorCoreAttribute ? 1 : 0, value);
+  constexpr std::int32_t kVectorCores = 201;  // all others that are asked for count cube cores
+  return aclGetDeviceCapability(device, attribute == kVectorCores ? 1 : 0, value);
 }
 
 CANN_API Status aclrtDeviceCanAccessPeer(std::int32_t* can_access, std::int32_t /*device*/, std::int32_t /*peer*/) {
