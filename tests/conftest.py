@@ -4,3 +4,5 @@ import os
 os.environ["OMP_NUM_THREADS"] = "1"
 os.environ.setdefault("TORCH_DEVICE_BACKEND_AUTOLOAD", "0")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
+# Read when triton is imported, by whatever test comes first.
+os.environ.setdefault("TRITON_INTERPRET", "1")

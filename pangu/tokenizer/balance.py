@@ -10,6 +10,7 @@ from pangu.tokenizer.pruning import SURPLUS, prune
 from pangu.tokenizer.tokenizer import bytes_per_token
 from pangu.tokenizer.vocabulary import Probabilities, Vocabulary, merge
 
+# Up to eight times the weight of every other domain.
 _RAISE = 1.3
 _MOST_RAISES = 8
 

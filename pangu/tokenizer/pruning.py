@@ -42,7 +42,7 @@ def _keep(vocabulary: Vocabulary, usage: Mapping[str, float], vocab_size: int) -
     saved = {}
     for piece in vocabulary.scores:
         pieces_without = best_segmentation(piece, vocabulary.scores)[1] if len(piece) > 1 else len(piece.encode())
-        saved[piece] = usage.get(piece, 0.0) * (pieces_without - 1)
+        saved[piece] = usage[piece] * (pieces_without - 1)
     for piece in vocabulary.scores:
         for character in piece:
             saved[character] = max(saved[character], saved[piece])
@@ -50,7 +50,7 @@ def _keep(vocabulary: Vocabulary, usage: Mapping[str, float], vocab_size: int) -
     ranking = sorted(saved, key=lambda piece: (-saved[piece], len(piece), piece))
     count = len(ranking) - (vocabulary.size - vocab_size)
     while True:
-        kept = select({piece: max(usage.get(piece, 0.0), UNSEEN) for piece in ranking[:count]}, vocab_size)
+        kept = select({piece: max(usage[piece], UNSEEN) for piece in ranking[:count]}, vocab_size)
         if kept.size == vocab_size or count >= len(ranking):
             return Vocabulary(kept.scores, vocabulary.unreachable)
         count += vocab_size - kept.size  # by their usage, some are unreachable

@@ -124,6 +124,7 @@ class Trainer:
         self.counters = Counters()
         self.spikes = SpikeDetector(config.metrics.spike_window, config.metrics.spike_deviations)
         torch.use_deterministic_algorithms(config.train.deterministic)
+        torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]  # nothing reads it
         self.model = build_model(config, target)
         self.optimizer = AdamW(self.model.named_parameters(), config.optimizer)
         self.statistics = LayerStatistics(self.model)

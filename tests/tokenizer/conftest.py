@@ -12,12 +12,10 @@ from collections.abc import Mapping
 from pathlib import Path
 
 import pytest
+from tokenizer_material import SAMPLE_BYTES, VOCAB_SIZE
 
 from pangu.tokenizer import Tokenizer, train
 from pangu.tokenizer.report import Report
-
-VOCAB_SIZE = 1500
-SAMPLE_BYTES = 120_000
 
 
 @pytest.fixture(scope="session")

@@ -8,8 +8,8 @@ from pathlib import Path
 
 import pytest
 import sentencepiece
-from any_text import any_text
 from hypothesis import example, given
+from tokenizer_material import any_text
 
 from pangu.errors import DataError
 from pangu.tokenizer import Tokenizer

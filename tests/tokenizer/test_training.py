@@ -7,7 +7,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 
 import pytest
-from conftest import SAMPLE_BYTES, VOCAB_SIZE
+from tokenizer_material import SAMPLE_BYTES, VOCAB_SIZE
 
 from pangu.data.corpus import texts
 from pangu.errors import ConfigError, DataError, PanguError

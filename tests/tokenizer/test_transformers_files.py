@@ -3,9 +3,9 @@
 from pathlib import Path
 
 import pytest
-from any_text import any_text
 from hypothesis import given
 from hypothesis import strategies as st
+from tokenizer_material import any_text
 
 from pangu.tokenizer import Tokenizer, save_for_transformers
 from pangu.tokenizer.pieces import ALPHABET, SCORE_STEPS, SPECIAL_PIECES, serialize

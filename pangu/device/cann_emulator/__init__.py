@@ -16,7 +16,7 @@ import warnings
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from pangu.device.cann_emulator.libraries import build_libraries
 from pangu.errors import DeviceError
@@ -32,8 +32,8 @@ class EmulatorConfig:
     """What the device says that it is: one of SOCS."""
     num_devices: int = 8
     asynchronous: bool = False
-    """Every stream works on a thread of its own. Otherwise whatever is put on one is done at once; torch_npu's task queue
-    is then off too, unless TASK_QUEUE_ENABLE says otherwise."""
+    """Every stream works on a thread of its own. Otherwise whatever is put on one is done at once, and torch_npu's task
+    queue is off too, unless TASK_QUEUE_ENABLE says otherwise."""
     strict: bool = True
     """An operator whose values the emulator cannot compute is an error. Otherwise its outputs hold arbitrary values."""
     memory_bytes: int = 64 << 30
@@ -125,15 +125,12 @@ def install(
 
 
 @contextlib.contextmanager
-def emulated_npu(
-    soc: str = "Ascend910B2",
-    num_devices: int = 8,
-    asynchronous: bool = False,
-    strict: bool = True,
-    memory_bytes: int = 64 << 30,
-) -> Iterator[Emulator]:
-    """`install` as a block, at whose end everything that was started is done. torch_npu stays loaded after it."""
-    emulator = install(soc, num_devices, asynchronous, strict, memory_bytes)
+def emulated_npu(**parameters: Any) -> Iterator[Emulator]:
+    """`install`, with its parameters, as a block at whose end everything that was started is done.
+
+    torch_npu stays loaded after it.
+    """
+    emulator = install(**parameters)
     yield emulator
     import torch
 

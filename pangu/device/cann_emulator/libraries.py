@@ -89,8 +89,15 @@ def _key(compiler: str) -> str:
 
 @contextmanager
 def _lock(path: Path) -> Iterator[None]:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with path.open("w") as file:
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        file = path.open("w")
+    except OSError as error:
+        raise DeviceError(
+            f"the CANN emulator cannot be built into {path.parent} ({error.strerror}); set XDG_CACHE_HOME to a folder "
+            "that can be written"
+        ) from None
+    with file:
         fcntl.flock(file, fcntl.LOCK_EX)  # released when the file is closed, also by a crash
         yield
 

@@ -132,26 +132,28 @@ class AliasedCall {
   std::vector<Pair> pairs_;
 };
 
-std::optional<c10::Device> npu_among(const c10::IValue& value) {
-  if (value.isDevice() && value.toDevice().is_privateuseone()) return value.toDevice();
-  if (value.isTensor() && is_npu(value.toTensor())) return value.toTensor().device();
-  if (value.isTensorList()) {
-    for (const at::Tensor& tensor : value.toTensorVector()) {
-      if (is_npu(tensor)) return tensor.device();
-    }
-  }
+std::vector<at::Tensor> tensors_in(const c10::IValue& value) {
+  std::vector<at::Tensor> tensors;
+  if (value.isTensor()) tensors.push_back(value.toTensor());
+  if (value.isTensorList()) tensors = value.toTensorVector();
   if (value.isOptionalTensorList()) {
     for (const std::optional<at::Tensor>& tensor : value.toOptionalTensorList()) {
-      if (tensor && is_npu(*tensor)) return tensor->device();
+      if (tensor) tensors.push_back(*tensor);
     }
   }
-  return std::nullopt;
+  return tensors;
 }
 
+// The device of the first argument that is on one, or the current one.
 c10::Device device_of(c10::ArrayRef<c10::IValue> arguments) {
   const c10::Device current = c10::impl::VirtualGuardImpl(c10::DeviceType::PrivateUse1).getDevice();
   for (const auto& argument : arguments) {
-    if (auto device = npu_among(argument)) return device->has_index() ? *device : current;
+    if (argument.isDevice() && argument.toDevice().is_privateuseone()) {
+      return argument.toDevice().has_index() ? argument.toDevice() : current;
+    }
+    for (const auto& tensor : tensors_in(argument)) {
+      if (is_npu(tensor)) return tensor.device();
+    }
   }
   return current;
 }
@@ -210,19 +212,36 @@ class CpuFallback : public c10::OperatorKernel {
     if (is_copy_ && !(is_npu((*stack)[first].toTensor()) && is_npu((*stack)[first + 1].toTensor()))) {
       return genuine_.callBoxed(op, keys, stack);
     }
-    const c10::Device device = device_of({stack->data() + first, stack->size() - first});
+    const c10::Device device = device_of(torch::jit::last(*stack, op.schema().arguments().size()));
     const c10::DeviceGuard guard(device);
     synchronize_current_stream(device);
-    if (emulator_is_recording()) {
-      HostCode scope;
-      torch::jit::Stack copied(stack->begin() + first, stack->end());
-      genuine_.callBoxed(op, keys, &copied);
-      synchronize_current_stream(device);  // its task queue has to be done within the scope
-    }
+    if (emulator_is_recording()) run_host_code(op, keys, torch::jit::Stack(stack->begin() + first, stack->end()), device);
     compute(op, stack, first, device);
   }
 
  private:
+  // Runs torch_npu's kernel for its checks and the calls that it makes. These compute nothing, but it may copy their
+  // results into what the operator writes to, which therefore gets its values back.
+  void run_host_code(const c10::OperatorHandle& op, c10::DispatchKeySet keys, torch::jit::Stack arguments,
+                     c10::Device device) {
+    std::vector<std::pair<at::Tensor, at::Tensor>> written;  // each with its values
+    for (std::size_t i = 0; i < arguments.size(); i++) {
+      const auto* alias_info = op.schema().arguments()[i].alias_info();
+      if (alias_info == nullptr || !alias_info->isWrite()) continue;
+      for (const auto& tensor : tensors_in(arguments[i])) {
+        if (is_npu(tensor)) written.emplace_back(tensor, alias_on_cpu(tensor).clone());
+      }
+    }
+    {
+      HostCode scope;
+      genuine_.callBoxed(op, keys, &arguments);
+      synchronize_current_stream(device);  // its task queue has to be done within the scope
+    }
+    for (const auto& [tensor, values] : written) {
+      if (tensor.sizes() == values.sizes()) alias_on_cpu(tensor).copy_(values);  // else it is an out= made to fit
+    }
+  }
+
   void compute(const c10::OperatorHandle& op, torch::jit::Stack* stack, std::size_t first, c10::Device device) {
     AliasedCall call(device);
     for (std::size_t i = first; i < stack->size(); i++) (*stack)[i] = call.to_cpu((*stack)[i]);

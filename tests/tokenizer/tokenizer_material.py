@@ -1,6 +1,9 @@
-"""Text of every kind that has ever broken a tokenizer."""
+"""What the tests of this folder share."""
 
 from hypothesis import strategies as st
+
+VOCAB_SIZE = 1500
+SAMPLE_BYTES = 120_000
 
 FRAGMENTS = (
     *(" ", "  ", "\t", "\n", "\n\n", "\r", "\r\n", "\0", "\x7f", "\x85", "\u2028", "\u00a0", "\u3000", "\u200b"),
@@ -10,6 +13,7 @@ FRAGMENTS = (
     *("def f(x):\n    return x", " self", "the", "a" * 600, " " * 600, "\n" * 600),
 )
 
+# Text of every kind that has ever broken a tokenizer.
 any_text = st.one_of(
     st.text(st.characters(exclude_categories=["Cs"])),
     st.lists(st.one_of(st.sampled_from(FRAGMENTS), st.text(st.characters(exclude_categories=["Cs"]), max_size=4))).map(
