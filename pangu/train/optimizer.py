@@ -18,13 +18,14 @@ class AdamW:
     def __init__(self, named_parameters: Iterable[tuple[str, nn.Parameter]], config: OptimizerConfig) -> None:
         self.config = config
         self.parameters = dict(named_parameters)
+        self._decay_of_names = self._groups()
         self.exp_avg = {name: torch.zeros_like(parameter) for name, parameter in self.parameters.items()}
         self.exp_avg_sq = {name: torch.zeros_like(parameter) for name, parameter in self.parameters.items()}
 
     def step(self, update: int, learning_rate: float, gradient_scale: Tensor | None = None) -> None:
         """Make the `update`-th update, counted from 1, from every `.grad` times `gradient_scale` (0-dimensional)."""
         beta1, beta2 = self.config.betas
-        for names, weight_decay in self._groups():
+        for names, weight_decay in self._decay_of_names:
             adamw(
                 [self.parameters[name] for name in names],
                 [_gradient(name, self.parameters[name]) for name in names],

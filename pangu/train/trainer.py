@@ -233,9 +233,7 @@ class Trainer:
             "config": configuration.to_tree(self.config),
             "rope_base": self.model.rope_base,
         }
-        self.checkpointer.save(
-            self.counters.step, self._state(), metadata, asynchronous=self.config.checkpoint.asynchronous
-        )
+        self.checkpointer.save(self.counters.step, self._state(), metadata)
 
     def restore(self) -> None:
         """Load the newest complete checkpoint; leaves everything as it is when there is none."""
