@@ -240,6 +240,60 @@ class TrainConfig:
 
 
 @dataclass(frozen=True, kw_only=True, config=_STRICT)
+class RecomputeConfig:
+    mode: Literal["none", "selective", "full"] | tuple[Literal["none", "selective", "full"], ...] = "none"
+    """What backward computes again instead of keeping. selective: norms, activations and the inputs of attention, which
+    are cheap. full: whole layers. One value, or one per pipeline rank."""
+    layers: tuple[int, ...] = ()
+    """Recompute only the first so many layers of a rank's stages (Yuan 2.0's block recomputation): one number for every
+    pipeline rank, or one each. Empty: all layers."""
+
+
+@dataclass(frozen=True, kw_only=True, config=_STRICT)
+class ParallelConfig:
+    pp: int = Field(default=1, gt=0)
+    """Pipeline stages' ranks: the layers are dealt over so many groups of devices."""
+    dp_replicate: int = Field(default=1, gt=0)
+    """Data-parallel groups that each hold a whole copy of parameters and optimizer state (HSDP's outer dimension)."""
+    dp_shard: int = Field(default=0, ge=0)
+    """Data-parallel ranks over which parameters, gradients and optimizer state are sharded. 0: all ranks that the other
+    dimensions leave."""
+    cp: int = Field(default=1, gt=0)
+    """Context-parallel ranks: every document is dealt over so many."""
+    tp: int = Field(default=1, gt=0)
+    """Tensor-parallel ranks: heads, feed-forward width and vocabulary are dealt over so many."""
+    sequence_parallel: bool = True
+    """With tp: norms and the residual stream are sharded over tokens between the matmuls."""
+    zero_stage: Literal[1, 2, 3] = 1
+    """What dp_shard keeps sharded between micro-batches. 1: optimizer state. 2: gradients too. 3: parameters too."""
+    context_exchange: Literal["ring", "all_gather"] = "ring"
+    """With cp: how queries meet the keys of other ranks."""
+    pipeline_schedule: Literal["1f1b", "interleaved_1f1b", "interleaved_zero_bubble", "zero_bubble_v", "dualpipe_v"] = (
+        "1f1b"
+    )
+    """Order of forward and backward passes. 1f1b has one stage per rank, the V-shaped ones exactly two, the interleaved
+    ones pipeline_stages_per_rank."""
+    pipeline_stages_per_rank: int = Field(default=1, gt=0)
+    """Virtual stages (model chunks) per pipeline rank."""
+    pipeline_layers: tuple[int, ...] = ()
+    """Layers of every (virtual) stage in the model's order, pp x pipeline_stages_per_rank numbers. Empty: balanced,
+    with the embedding and the head counted as load."""
+    overlap: Literal["auto", "reference", "chunked", "fused"] = "auto"
+    """With tp: how a matmul meets its collective. reference: one after the other. chunked: pieces of both at once.
+    fused: the device's own fused operator (MC2 on Ascend, symmetric memory on CUDA)."""
+    overlap_chunks: int = Field(default=4, gt=0)
+    """Pieces of the chunked overlap."""
+    devices_per_node: int = Field(default=8, gt=0)
+    """Devices that share a node's fast links; only used to lay ranks out and to refuse slow layouts."""
+    tp_across_nodes: bool = False
+    """Allow a tensor-parallel group to span nodes, where its collectives are an order of magnitude slower."""
+    timeout_seconds: float = Field(default=1800.0, gt=0)
+    """Longest wait for other ranks in a collective; the job ends when it has passed."""
+    recompute: RecomputeConfig = Field(default_factory=RecomputeConfig)
+    """Activation recomputation."""
+
+
+@dataclass(frozen=True, kw_only=True, config=_STRICT)
 class CheckpointConfig:
     interval: int = Field(default=100, ge=0)
     """Steps between checkpoints; one also follows the last step. 0: only that one."""
@@ -280,6 +334,8 @@ class Config:
     """AdamW and gradient clipping."""
     train: TrainConfig = Field(default_factory=TrainConfig)
     """The training loop."""
+    parallel: ParallelConfig = Field(default_factory=ParallelConfig)
+    """How the model and its data are dealt over devices."""
     checkpoint: CheckpointConfig = Field(default_factory=CheckpointConfig)
     """Saving and retention."""
     metrics: MetricsConfig = Field(default_factory=MetricsConfig)
