@@ -11,7 +11,7 @@ import math
 import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar
 
 from pydantic import ConfigDict, Field, TypeAdapter, ValidationError, model_validator
 from pydantic.dataclasses import dataclass
@@ -22,6 +22,8 @@ if sys.version_info >= (3, 11):
     import tomllib
 else:
     import tomli as tomllib
+
+T = TypeVar("T")
 
 _STRICT = ConfigDict(extra="forbid", use_attribute_docstrings=True)
 
@@ -367,7 +369,7 @@ class Config:
             if name not in self.data.domains:
                 raise ValueError(
                     f"phase {phase.name!r} names domain {name!r}, which data.domains does not have"
-                    + _did_you_mean(name, self.data.domains)
+                    + did_you_mean(name, self.data.domains)
                 )
 
 
@@ -387,10 +389,15 @@ def load(source: str | Path, overrides: Sequence[str] = ()) -> Config:
 
 def from_tree(tree: dict[str, Any], source: str) -> Config:
     """Validate plain dictionaries; `source` names them in the error."""
+    return validate(_ADAPTER, Config, tree, source)
+
+
+def validate(adapter: "TypeAdapter[T]", kind: type[T], tree: dict[str, Any], source: str) -> T:
+    """Plain dictionaries as the dataclass `kind`; raises `ConfigError` naming `source`, the field and the fix."""
     try:
-        return _ADAPTER.validate_python(tree)
+        return adapter.validate_python(tree)
     except ValidationError as error:
-        lines = [_explain(detail) for detail in error.errors()]
+        lines = [_explain(detail, kind) for detail in error.errors()]
         raise ConfigError(f"{source}: " + "\n  ".join(lines)) from None
 
 
@@ -409,7 +416,7 @@ def find(source: str | Path) -> Path:
         return named
     known = sorted(entry.stem for entry in NAMED_CONFIGS.glob("*.toml"))
     raise ConfigError(
-        f"no config file {str(source)!r}{_did_you_mean(path.stem, known)}; give a path, or one of: {', '.join(known)}"
+        f"no config file {str(source)!r}{did_you_mean(path.stem, known)}; give a path, or one of: {', '.join(known)}"
     )
 
 
@@ -452,13 +459,13 @@ def _override(tree: dict[str, Any], dotted: str, text: str) -> None:
     node[field] = value
 
 
-def _explain(detail: Any) -> str:
+def _explain(detail: Any, kind: type) -> str:
     where = ".".join(str(part) for part in detail["loc"])
     match detail["type"]:
         case "unexpected_keyword_argument":
-            known = _fields_at(detail["loc"][:-1])
+            known = _fields_at(detail["loc"][:-1], kind)
             return (
-                f"unknown field {where}{_did_you_mean(str(detail['loc'][-1]), known)}; fields here: {', '.join(known)}"
+                f"unknown field {where}{did_you_mean(str(detail['loc'][-1]), known)}; fields here: {', '.join(known)}"
             )
         case "missing":
             return f"{where} is missing"
@@ -468,18 +475,25 @@ def _explain(detail: Any) -> str:
             return f"{where} = {detail['input']!r}: {detail['msg']}"
 
 
-def _fields_at(location: Sequence[Any]) -> list[str]:
-    """Field names of the dataclass at a pydantic error location."""
-    kind: Any = Config
+def _fields_at(location: Sequence[Any], root: type) -> list[str]:
+    """Field names of the dataclass at a pydantic error location inside `root`."""
+    kind: Any = root
     for part in location:
         if dataclasses.is_dataclass(kind):
             kind = next((f.type for f in dataclasses.fields(kind) if f.name == part), None)
         else:
-            kind = next((arg for arg in getattr(kind, "__args__", ()) if dataclasses.is_dataclass(arg)), kind)
+            kind = _member(kind)
+    kind = kind if dataclasses.is_dataclass(kind) else _member(kind)
     return [field.name for field in dataclasses.fields(kind)] if dataclasses.is_dataclass(kind) else []
 
 
-def _did_you_mean(word: str, known: Any) -> str:
+def _member(kind: Any) -> Any:
+    """The dataclass inside a tuple, dictionary or optional type."""
+    return next((arg for arg in getattr(kind, "__args__", ()) if dataclasses.is_dataclass(arg)), kind)
+
+
+def did_you_mean(word: str, known: Any) -> str:
+    """A hint in brackets at the nearest of the `known` words, or nothing."""
     nearest = difflib.get_close_matches(word, list(known), n=1)
     return f" (did you mean {nearest[0]!r}?)" if nearest else ""
 
