@@ -5,7 +5,7 @@ from torch import Tensor, nn
 
 from pangu.config import ModelConfig
 from pangu.model.cache import LayerCache
-from pangu.model.linear import Linear
+from pangu.model.linear import InputProjection, Linear, OutputProjection, project_inputs, project_output
 from pangu.model.local_filter import build_local_filter
 
 
@@ -28,6 +28,8 @@ class Attention(nn.Module):
             self.qk_proj = Linear(hidden, config.num_attention_heads, 2, config.head_dim, bias=bias)
             self.v_proj = Linear(hidden, config.key_value_size, bias=bias)
         self.output_proj = Linear(config.query_size, hidden, bias=bias)
+        self.project_inputs: InputProjection = project_inputs
+        self.project_output: OutputProjection = project_output
 
     def forward(
         self, x: Tensor, cos: Tensor, sin: Tensor, cu_seqlens: Tensor, cache: LayerCache | None = None
@@ -42,19 +44,20 @@ class Attention(nn.Module):
         if cache is not None:
             k, v, cu_seqlens_k = cache.extend(k, v)
         out, _ = attention(q, k, v, cu_seqlens, cu_seqlens_k, self.head_dim**-0.5)  # [T, heads, head_dim]
-        return self.output_proj(out.flatten(1))
+        return self.project_output(out.flatten(1), self.output_proj)
 
     def _project(self, x: Tensor, cu_seqlens: Tensor, cache: LayerCache | None) -> tuple[Tensor, Tensor, Tensor]:
         """Queries `[T, heads, head_dim]`, keys and values `[T, key_value_heads, head_dim]`."""
         if self.local_filter is None:
-            q = self.q_proj(x).unflatten(-1, (-1, self.head_dim))
-            k, v = self.kv_proj(x).unflatten(-1, (2, -1, self.head_dim)).unbind(1)
-            return q, k, v
+            q, kv = self.project_inputs(x, (self.q_proj, self.kv_proj))
+            k, v = kv.unflatten(-1, (2, -1, self.head_dim)).unbind(1)
+            return q.unflatten(-1, (-1, self.head_dim)), k, v
         if cache is None:
             filtered = self.local_filter(x, cu_seqlens)
         else:
             context, cu_seqlens_context = cache.with_context(x)
             filtered = cache.without_context(self.local_filter(context, cu_seqlens_context))
-        q, k = self.qk_proj(filtered).unflatten(-1, (-1, 2, self.head_dim)).unbind(2)
-        v = self.v_proj(x).unflatten(-1, (-1, self.head_dim))
-        return q, k, v
+        (qk,) = self.project_inputs(filtered, (self.qk_proj,))
+        (v,) = self.project_inputs(x, (self.v_proj,))
+        q, k = qk.unflatten(-1, (-1, 2, self.head_dim)).unbind(2)
+        return q, k, v.unflatten(-1, (-1, self.head_dim))

@@ -4,7 +4,7 @@ from pangu_kernels import swiglu
 from torch import Tensor, nn
 
 from pangu.config import ModelConfig
-from pangu.model.linear import Linear
+from pangu.model.linear import InputProjection, Linear, OutputProjection, project_inputs, project_output
 
 
 class FeedForward(nn.Module):
@@ -15,6 +15,9 @@ class FeedForward(nn.Module):
         size, bias = config.intermediate_size, config.feed_forward_bias
         self.gate_up_proj = Linear(config.hidden_size, 2, size, bias=bias)
         self.down_proj = Linear(size, config.hidden_size, bias=bias)
+        self.project_inputs: InputProjection = project_inputs
+        self.project_output: OutputProjection = project_output
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.down_proj(swiglu(self.gate_up_proj(x)))
+        (gate_up,) = self.project_inputs(x, (self.gate_up_proj,))
+        return self.project_output(swiglu(gate_up), self.down_proj)

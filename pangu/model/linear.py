@@ -1,8 +1,16 @@
-"""Linear layers over a flat token stream."""
+"""Linear layers over a flat token stream.
+
+A sub-layer calls its linear layers through `project_inputs` and `project_output`, which it holds as attributes: tensor
+parallelism puts versions of them there that gather and scatter tokens.
+"""
+
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+
+from pangu.model.local import local
 
 
 class Linear(nn.Module):
@@ -18,6 +26,20 @@ class Linear(nn.Module):
         self.bias = nn.Parameter(torch.empty(out_shape)) if bias else None
 
     def forward(self, x: Tensor) -> Tensor:
-        weight = self.weight.flatten(0, -2).to(x.dtype)
-        bias = None if self.bias is None else self.bias.flatten().to(x.dtype)
+        weight = local(self.weight).flatten(0, -2).to(x.dtype)
+        bias = None if self.bias is None else local(self.bias).flatten().to(x.dtype)
         return F.linear(x, weight, bias)
+
+
+InputProjection = Callable[[Tensor, Sequence[Linear]], list[Tensor]]
+OutputProjection = Callable[[Tensor, Linear], Tensor]
+
+
+def project_inputs(x: Tensor, linears: Sequence[Linear]) -> list[Tensor]:
+    """The projections of a sub-layer's input x `[T, H]`, each `[T, prod(out_shape)]`."""
+    return [linear(x) for linear in linears]
+
+
+def project_output(x: Tensor, linear: Linear) -> Tensor:
+    """The projection `[T, H]` of what a sub-layer has computed, back to the width of the residual stream."""
+    return linear(x)

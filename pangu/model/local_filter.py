@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from pangu.config import ModelConfig
+from pangu.model.local import local
 from pangu.model.norm import RMSNorm
 
 EMA_DIMENSIONS = 16
@@ -58,9 +59,11 @@ class TwoConvolutions(nn.Module):
         self.weight2 = nn.Parameter(torch.empty(hidden_size, half, 2))
         self.bias2 = nn.Parameter(torch.empty(hidden_size))
         self.norm = norm
+        self.convolve = local_filter
 
     def forward(self, x: Tensor, cu_seqlens: Tensor) -> Tensor:
-        y = x + local_filter(x, self.weight1, self.bias1, self.weight2, self.bias2, cu_seqlens)
+        weight1, bias1, weight2, bias2 = map(local, (self.weight1, self.bias1, self.weight2, self.bias2))
+        y = x + self.convolve(x, weight1, bias1, weight2, bias2, cu_seqlens)
         return y if self.norm is None else self.norm(y)
 
 

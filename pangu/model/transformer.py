@@ -10,6 +10,8 @@ never crosses them. Weights are fp32; matmuls run in the dtype of their input, w
 embedding on.
 """
 
+from typing import overload
+
 import torch
 from pangu_kernels import linear_cross_entropy
 from torch import Tensor, nn
@@ -20,19 +22,31 @@ from pangu.model.attention import Attention
 from pangu.model.cache import Cache, LayerCache
 from pangu.model.feed_forward import FeedForward
 from pangu.model.linear import Linear
+from pangu.model.local import local
 from pangu.model.norm import RMSNorm, add_post_norm, sandwich_norm
 from pangu.model.rope import rotary_tables
 
 
 class Embedding(nn.Module):
-    """Rows of a table, fp32 `[T, H]`, for tokens `[T]`."""
+    """Rows of a table, `[T, H]` in a dtype, for tokens `[T]`."""
 
     def __init__(self, vocab_size: int, hidden_size: int) -> None:
         super().__init__()
         self.weight = nn.Parameter(torch.empty(vocab_size, hidden_size))
+        self.look_up = look_up
 
-    def forward(self, tokens: Tensor) -> Tensor:
-        return F.embedding(tokens, self.weight)
+    def forward(self, tokens: Tensor, dtype: torch.dtype) -> Tensor:
+        return self.look_up(tokens, local(self.weight), dtype)
+
+
+def look_up(tokens: Tensor, weight: Tensor, dtype: torch.dtype) -> Tensor:
+    """Rows `[T, H]` of a table `[V, H]`."""
+    return F.embedding(tokens, weight).to(dtype)
+
+
+def project_to_vocabulary(hidden: Tensor, weight: Tensor) -> Tensor:
+    """Logits `[T, V]` of hidden states `[T, H]` under the head's weight `[V, H]`."""
+    return F.linear(hidden, weight.to(hidden.dtype))
 
 
 class Block(nn.Module):
@@ -64,8 +78,10 @@ class Block(nn.Module):
 class Transformer(nn.Module):
     """The whole decoder, on the default device and uninitialized: `init.init_weights` or a checkpoint fills it.
 
-    `embedding`, `norm` and `head` may be None: a pipeline stage keeps only its own, and without an embedding `tokens`
-    is the residual stream `[T, H]`. A model with tied embeddings has no head and uses the embedding's table.
+    `embedding`, `norm` and `head` may be None: a pipeline stage keeps only its own. A stage that does not read tokens
+    (`reads_tokens`) is given the residual stream `[T, H]` in their place; it may still hold the embedding, as the head
+    of a model with tied embeddings, which has no other. The attributes that are functions are what parallelism
+    replaces by versions of the same meaning that communicate.
     """
 
     def __init__(self, config: ModelConfig) -> None:
@@ -73,25 +89,58 @@ class Transformer(nn.Module):
         self.config = config
         self.compute_dtype = torch.float32
         self.rope_base = config.rope_base
+        self.reads_tokens = True
+        self.head_loss = linear_cross_entropy
+        self.project_to_vocabulary = project_to_vocabulary
         self.embedding: Embedding | None = Embedding(config.vocab_size, config.hidden_size)
         self.layers = nn.ModuleDict({str(i): Block(config) for i in range(config.num_layers)})
         self.norm: RMSNorm | None = RMSNorm(config.hidden_size, config.norm_eps)
         self.head: Linear | None = None if config.tie_embeddings else Linear(config.hidden_size, config.vocab_size)
 
-    def forward(self, tokens: Tensor, position_ids: Tensor, cu_seqlens: Tensor, cache: Cache | None = None) -> Tensor:
-        """Hidden states `[T, H]` after the final norm.
+    @overload
+    def forward(
+        self, tokens: Tensor, position_ids: Tensor, cu_seqlens: Tensor, cache: Cache | None = None
+    ) -> Tensor: ...
+
+    @overload
+    def forward(
+        self,
+        tokens: Tensor,
+        position_ids: Tensor,
+        cu_seqlens: Tensor,
+        cache: None,
+        labels: Tensor,
+        loss_weights: Tensor | None,
+    ) -> tuple[Tensor, Tensor]: ...
+
+    def forward(
+        self,
+        tokens: Tensor,
+        position_ids: Tensor,
+        cu_seqlens: Tensor,
+        cache: Cache | None = None,
+        labels: Tensor | None = None,
+        loss_weights: Tensor | None = None,
+    ) -> Tensor | tuple[Tensor, Tensor]:
+        """Hidden states `[T, H]` after the final norm; with labels, what `loss` returns.
 
         tokens and position_ids are int64 `[T]`, cu_seqlens int32 `[N+1]` on the CPU, starting at 0 and ending at T.
         """
-        h = tokens if self.embedding is None else self.embedding(tokens).to(self.compute_dtype)
+        if self.reads_tokens:
+            assert self.embedding is not None
+            h = self.embedding(tokens, self.compute_dtype)
+        else:
+            h = tokens
         cos, sin = rotary_tables(position_ids, self.config.head_dim, self.rope_base)
         for index, block in self.layers.items():
             h = block(h, cos, sin, cu_seqlens, None if cache is None else cache.layer(index))
-        return h if self.norm is None else self.norm(h)
+        if self.norm is not None:
+            h = self.norm(h)
+        return h if labels is None else self.head_loss(h, self.head_weight, labels, loss_weights)
 
     def logits(self, hidden: Tensor) -> Tensor:
         """`[T, V]` in the dtype of hidden `[T, H]`."""
-        return F.linear(hidden, self.head_weight.to(hidden.dtype))
+        return self.project_to_vocabulary(hidden, self.head_weight)
 
     def loss(
         self,
@@ -105,12 +154,12 @@ class Transformer(nn.Module):
 
         labels int64 `[T]`, -100 for none; loss_weights fp32 `[T]`. The `[T, V]` logits never exist at once.
         """
-        hidden = self(tokens, position_ids, cu_seqlens)
-        return linear_cross_entropy(hidden, self.head_weight, labels, loss_weights)
+        result: tuple[Tensor, Tensor] = self(tokens, position_ids, cu_seqlens, None, labels, loss_weights)
+        return result
 
     @property
     def head_weight(self) -> Tensor:
         """Weight of the output head `[V, H]`: the embedding's where they are tied."""
         owner = self.embedding if self.head is None else self.head
         assert owner is not None, "this stage has neither a head nor an embedding"
-        return owner.weight
+        return local(owner.weight)
