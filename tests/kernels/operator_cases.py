@@ -72,10 +72,11 @@ def cases() -> Iterator[Case]:
     for shape in ((1, 2), (3, 254), (129, 258)):
         yield Case(_name("swiglu", *shape), pangu_kernels.swiglu, _plain_swiglu, partial(_swiglu_inputs, shape=shape))
     for name, heads, key_heads, q_lengths, k_lengths in _ATTENTION:
+        options = {"q_lengths": q_lengths, "k_lengths": k_lengths, "causal": not name.startswith("all_keys")}
         yield Case(
             f"attention-{name}",
-            partial(_attention, q_lengths=q_lengths, k_lengths=k_lengths),
-            partial(_plain_attention, q_lengths=q_lengths, k_lengths=k_lengths),
+            partial(_attention, **options),
+            partial(_plain_attention, **options),
             partial(_attention_inputs, heads=(heads, key_heads), lengths=(sum(q_lengths), sum(k_lengths))),
         )
     for num_tokens, vocab_size, chunk_size, weighted in ((1, 1, 0, False), (7, 129, 3, True), (129, 127, 64, False)):
@@ -105,6 +106,11 @@ _ATTENTION = (
     ("blocks_of_queries", 2, 1, (300, 300), (300, 300)),
     ("blocks_behind_a_cache", 2, 2, (259,), (270,)),
     ("many_documents", 2, 1, (1, 2, 3) * 9, (1, 2, 3) * 9),
+    ("all_keys", 6, 2, (3, 2, 4), (1, 5, 4)),
+    ("all_keys_of_equal_documents", 2, 2, (3, 3), (2, 2)),
+    ("all_keys_or_none", 4, 2, (3, 0, 2, 2, 1), (1, 4, 0, 0, 3)),
+    ("all_keys_no_keys", 2, 1, (2, 1), (0, 0)),
+    ("all_keys_of_long_documents", 2, 1, (300, 40), (270, 290)),
 )
 
 
@@ -161,23 +167,28 @@ def _swiglu_inputs(make: Maker, shape: tuple[int, int]) -> list[Tensor]:
     return [make.normal(*shape)]
 
 
-def _attention(q: Tensor, k: Tensor, v: Tensor, q_lengths: Sequence[int], k_lengths: Sequence[int]) -> Any:
-    return pangu_kernels.attention(q, k, v, boundaries(*q_lengths), boundaries(*k_lengths), 0.3)
+def _attention(
+    q: Tensor, k: Tensor, v: Tensor, q_lengths: Sequence[int], k_lengths: Sequence[int], causal: bool
+) -> Any:
+    return pangu_kernels.attention(q, k, v, boundaries(*q_lengths), boundaries(*k_lengths), 0.3, causal)
 
 
 def _plain_attention(
-    q: Tensor, k: Tensor, v: Tensor, q_lengths: Sequence[int], k_lengths: Sequence[int]
+    q: Tensor, k: Tensor, v: Tensor, q_lengths: Sequence[int], k_lengths: Sequence[int], causal: bool
 ) -> tuple[Tensor, Tensor]:
     """One dense mask over all documents together."""
     document_q = torch.repeat_interleave(torch.tensor(q_lengths)).to(q.device)
     document_k = torch.repeat_interleave(torch.tensor(k_lengths)).to(q.device)
     from_end_q = torch.cat([torch.arange(n).flip(0) for n in q_lengths]).to(q.device)
     from_end_k = torch.cat([torch.arange(n).flip(0) for n in k_lengths]).to(q.device)
-    visible = (document_q[:, None] == document_k) & (from_end_k >= from_end_q[:, None])  # [Tq, Tk]
+    visible = document_q[:, None] == document_k  # [Tq, Tk]
+    if causal:
+        visible &= from_end_k >= from_end_q[:, None]
     group = q.shape[1] // k.shape[1]
     scores = 0.3 * torch.einsum("qhd,khd->hqk", q, k.repeat_interleave(group, dim=1))
     scores = scores.masked_fill(~visible, float("-inf"))
-    out = torch.einsum("hqk,khd->qhd", scores.softmax(-1), v.repeat_interleave(group, dim=1))
+    probabilities = scores.softmax(-1).masked_fill(~visible.any(-1, keepdim=True), 0)
+    out = torch.einsum("hqk,khd->qhd", probabilities, v.repeat_interleave(group, dim=1))
     return out, scores.logsumexp(-1).T.detach()
 
 

@@ -33,16 +33,29 @@ def test_one_token_at_a_time_equals_all_at_once(device: torch.device) -> None:
     torch.testing.assert_close(torch.cat(steps), whole)
 
 
-def test_logsumexp_merges_two_halves_of_the_keys(device: torch.device) -> None:
-    """What ring attention does with it."""
-    q, k, v = torch.randn(3, 4, 1, 8, device=device)
-    one = boundaries(1)
-    whole, _ = attention(q[-1:], k, v, one, boundaries(4), 0.3)
-    (first, lse1), (second, lse2) = (
-        attention(q[-1:], k[half], v[half], one, boundaries(2), 0.3) for half in (slice(0, 2), slice(2, 4))
-    )
-    share = torch.sigmoid(lse1 - lse2).unsqueeze(-1)
-    torch.testing.assert_close(share * first + (1 - share) * second, whole)
+@pytest.mark.parametrize("heads", [1, 3])
+def test_attention_in_two_parts_merged_by_the_logsumexp(heads: int, device: torch.device) -> None:
+    """What ring attention does: documents of 5 and 1, their keys split 3 + 2 and 1 + 0, queries see both parts."""
+    q, d_out = torch.randn(2, 4, heads, 8, device=device)
+    k, v = torch.randn(2, 6, 1, 8, device=device)
+    queries, keys = boundaries(3, 1), boundaries(5, 1)
+    parts = [([0, 1, 2, 5], boundaries(3, 1)), ([3, 4], boundaries(2, 0))]
+    forward, backward = torch.ops.pangu.attention, torch.ops.pangu.attention_backward
+
+    out, logsumexp = forward(q, k, v, queries, keys, 0.3, False)
+    (first, lse1), (second, lse2) = (forward(q, k[rows], v[rows], queries, ends, 0.3, False) for rows, ends in parts)
+    share = torch.sigmoid(lse2 - lse1).unsqueeze(-1)
+    torch.testing.assert_close(torch.lerp(first, second, share), out)
+    torch.testing.assert_close(torch.logaddexp(lse1, lse2), logsumexp)
+
+    d_q, *d_kv = backward(d_out, q, k, v, out, logsumexp, queries, keys, 0.3, False)
+    total_d_q = torch.zeros_like(q)
+    for rows, ends in parts:
+        part_d_q, *part_d_kv = backward(d_out, q, k[rows], v[rows], out, logsumexp, queries, ends, 0.3, False)
+        total_d_q += part_d_q
+        for whole, part in zip(d_kv, part_d_kv, strict=True):
+            torch.testing.assert_close(part, whole[rows])
+    torch.testing.assert_close(total_d_q, d_q)
 
 
 @pytest.mark.parametrize("lengths", [(), (0,), (0, 0)])

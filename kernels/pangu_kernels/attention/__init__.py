@@ -1,4 +1,4 @@
-"""Causal attention inside packed documents of any length, with grouped-query heads (Ainslie et al. 2023)."""
+"""Attention inside packed documents of any length, causal or not, with grouped-query heads (Ainslie et al. 2023)."""
 
 from typing import Any
 
@@ -12,24 +12,34 @@ from pangu_kernels.registration import define, implement
 
 
 def attention(
-    q: Tensor, k: Tensor, v: Tensor, cu_seqlens_q: Tensor, cu_seqlens_k: Tensor, scale: float
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    cu_seqlens_q: Tensor,
+    cu_seqlens_k: Tensor,
+    scale: float,
+    causal: bool = True,
 ) -> tuple[Tensor, Tensor]:
-    """`softmax(scale * q k^T) v` of every query over the keys of its own document up to its own place.
+    """`softmax(scale * q k^T) v` of every query over the keys of its own document, causal: up to its own place.
 
     q `[Tq, Hq, D]`, k and v `[Tk, Hkv, D]` with Hq a multiple of Hkv, contiguous in the last dimension. Document i is
-    rows `cu_seqlens[i]` to `cu_seqlens[i + 1]`, int32 `[N+1]` from 0 to T, always on the CPU. A document's last query
-    stands at its last key, so with Tq < Tk the same call serves decoding and chunked prefill with a cache; documents
-    without queries are allowed.
+    rows `cu_seqlens[i]` to `cu_seqlens[i + 1]`, int32 `[N+1]` from 0 to T, always on the CPU. Documents without queries
+    are allowed.
+
+    Causal, a document's last query stands at its last key, so with Tq < Tk the same call serves decoding and chunked
+    prefill with a cache; a document may not have more queries than keys. Not causal, every query sees all keys of its
+    document and may see none: then its out is 0 and its logsumexp -inf.
 
     Returns out `[Tq, Hq, D]` and the logsumexp of the scaled scores `[Tq, Hq]`, fp32 (fp64 for fp64) and without
-    gradient.
+    gradient. Two calls over different keys are merged by the logsumexp, and `pangu::attention_backward` takes the
+    merged out and logsumexp for each of them: that is ring attention.
 
     Raises TypeError for wrong dtypes, ValueError for shapes, devices, strides or boundaries that do not fit.
     """
     _check(q, k, v, cu_seqlens_q, cu_seqlens_k)
     if torch.is_grad_enabled():
-        return _Attention.apply(q, k, v, cu_seqlens_q, cu_seqlens_k, scale)
-    return _forward(q, k, v, cu_seqlens_q, cu_seqlens_k, scale)
+        return _Attention.apply(q, k, v, cu_seqlens_q, cu_seqlens_k, scale, causal)
+    return _forward(q, k, v, cu_seqlens_q, cu_seqlens_k, scale, causal)
 
 
 def _check(q: Tensor, k: Tensor, v: Tensor, cu_seqlens_q: Tensor, cu_seqlens_k: Tensor) -> None:
@@ -55,10 +65,17 @@ def _check(q: Tensor, k: Tensor, v: Tensor, cu_seqlens_q: Tensor, cu_seqlens_k: 
 class _Attention(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any, q: Tensor, k: Tensor, v: Tensor, cu_seqlens_q: Tensor, cu_seqlens_k: Tensor, scale: float
+        ctx: Any,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        cu_seqlens_q: Tensor,
+        cu_seqlens_k: Tensor,
+        scale: float,
+        causal: bool,
     ) -> tuple[Tensor, Tensor]:
-        out, logsumexp = _forward(q, k, v, cu_seqlens_q, cu_seqlens_k, scale)
-        ctx.scale = scale
+        out, logsumexp = _forward(q, k, v, cu_seqlens_q, cu_seqlens_k, scale, causal)
+        ctx.scale, ctx.causal = scale, causal
         ctx.set_materialize_grads(False)
         ctx.mark_non_differentiable(logsumexp)
         ctx.save_for_backward(q, k, v, out, logsumexp, cu_seqlens_q, cu_seqlens_k)
@@ -67,12 +84,12 @@ class _Attention(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, d_out: Tensor | None, d_logsumexp: None) -> tuple[Tensor | None, ...]:
         if d_out is None:
-            return None, None, None, None, None, None
-        return *_backward(d_out.contiguous(), *ctx.saved_tensors, ctx.scale), None, None, None
+            return None, None, None, None, None, None, None
+        return *_backward(d_out.contiguous(), *ctx.saved_tensors, ctx.scale, ctx.causal), None, None, None, None
 
 
 def _fake_forward(
-    q: Tensor, k: Tensor, v: Tensor, cu_seqlens_q: Tensor, cu_seqlens_k: Tensor, scale: float
+    q: Tensor, k: Tensor, v: Tensor, cu_seqlens_q: Tensor, cu_seqlens_k: Tensor, scale: float, causal: bool = True
 ) -> tuple[Tensor, Tensor]:
     return q.new_empty(q.shape), q.new_empty(q.shape[:2], dtype=accumulation_dtype(q.dtype))
 
@@ -87,19 +104,20 @@ def _fake_backward(
     cu_seqlens_q: Tensor,
     cu_seqlens_k: Tensor,
     scale: float,
+    causal: bool = True,
 ) -> tuple[Tensor, Tensor, Tensor]:
     return q.new_empty(q.shape), k.new_empty(k.shape), v.new_empty(v.shape)
 
 
 _forward = define(
-    "attention(Tensor q, Tensor k, Tensor v, Tensor cu_seqlens_q, Tensor cu_seqlens_k, float scale)"
+    "attention(Tensor q, Tensor k, Tensor v, Tensor cu_seqlens_q, Tensor cu_seqlens_k, float scale, bool causal=True)"
     " -> (Tensor out, Tensor logsumexp)",
     reference=reference.forward,
     fake=_fake_forward,
 )
 _backward = define(
     "attention_backward(Tensor d_out, Tensor q, Tensor k, Tensor v, Tensor out, Tensor logsumexp,"
-    " Tensor cu_seqlens_q, Tensor cu_seqlens_k, float scale) -> (Tensor d_q, Tensor d_k, Tensor d_v)",
+    " Tensor cu_seqlens_q, Tensor cu_seqlens_k, float scale, bool causal=True) -> (Tensor d_q, Tensor d_k, Tensor d_v)",
     reference=reference.backward,
     fake=_fake_backward,
 )

@@ -24,15 +24,19 @@ class _Block:
     run: Run
     start: int
     stop: int
+    causal: bool
 
     def queries(self, x: Tensor) -> Tensor:
         return self.run.queries(x).narrow(2, self.start, self.stop - self.start)  # [count, heads, rows, ...]
 
     def keys(self, x: Tensor) -> Tensor:
-        return self.run.keys(x).narrow(2, 0, self.run.k_length - self.run.q_length + self.stop)
+        keys = self.run.keys(x)
+        return keys.narrow(2, 0, self.run.k_length - self.run.q_length + self.stop) if self.causal else keys
 
     def mask(self, q: Tensor, k: Tensor) -> dict[str, bool | Tensor]:
         """The kernel's arguments. Its own causal mask aligns top-left, right only for as many queries as keys."""
+        if not self.causal:
+            return {}
         rows, columns = q.shape[2], k.shape[2]
         if rows == columns:
             return {"is_causal": True}
@@ -42,15 +46,15 @@ class _Block:
 
 
 def forward(
-    q: Tensor, k: Tensor, v: Tensor, cu_seqlens_q: Tensor, cu_seqlens_k: Tensor, scale: float
+    q: Tensor, k: Tensor, v: Tensor, cu_seqlens_q: Tensor, cu_seqlens_k: Tensor, scale: float, causal: bool = True
 ) -> tuple[Tensor, Tensor]:
-    blocks = _blocks(document_runs(cu_seqlens_q, cu_seqlens_k, q, k))
+    blocks = _blocks(document_runs(cu_seqlens_q, cu_seqlens_k, q, k, causal), causal)
     results = (_forward_block(block, q, k, v, scale) for block in blocks)
-    if _is_all(blocks, k):
+    if _is_all(blocks, q, k):
         out, logsumexp = map(_packed, next(results))
         return out, logsumexp
-    out = q.new_empty(q.shape)
-    logsumexp = q.new_empty(q.shape[:2], dtype=accumulation_dtype(q.dtype))
+    out = q.new_zeros(q.shape)
+    logsumexp = q.new_full(q.shape[:2], float("-inf"), dtype=accumulation_dtype(q.dtype))
     for block, (block_out, block_logsumexp) in zip(blocks, results, strict=True):
         block.queries(out).copy_(block_out)
         block.queries(logsumexp).copy_(block_logsumexp)
@@ -67,13 +71,14 @@ def backward(
     cu_seqlens_q: Tensor,
     cu_seqlens_k: Tensor,
     scale: float,
+    causal: bool = True,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    blocks = _blocks(document_runs(cu_seqlens_q, cu_seqlens_k, q, k))
+    blocks = _blocks(document_runs(cu_seqlens_q, cu_seqlens_k, q, k, causal), causal)
     results = (_backward_block(block, d_out, q, k, v, out, logsumexp, scale) for block in blocks)
-    if _is_all(blocks, k):
+    if _is_all(blocks, q, k):
         d_q, d_k, d_v = map(_packed, next(results))
         return d_q, d_k, d_v
-    d_q, d_k, d_v = q.new_empty(q.shape), k.new_zeros(k.shape), v.new_zeros(v.shape)
+    d_q, d_k, d_v = (x.new_zeros(x.shape) for x in (q, k, v))
     for block, (block_d_q, block_d_k, block_d_v) in zip(blocks, results, strict=True):
         block.queries(d_q).copy_(block_d_q)
         block.keys(d_k).add_(block_d_k)
@@ -81,18 +86,23 @@ def backward(
     return d_q, d_k, d_v
 
 
-def _blocks(runs: list[Run]) -> list[_Block]:
+def _blocks(runs: list[Run], causal: bool) -> list[_Block]:
     blocks = []
     for run in runs:
-        whole = run.q_length == run.k_length > LONGEST_IN_BLOCKS
-        size = run.q_length if whole else BLOCK
-        blocks += [_Block(run, start, min(start + size, run.q_length)) for start in range(0, run.q_length, size or 1)]
+        if run.q_length and run.k_length:
+            whole = not causal or run.q_length == run.k_length > LONGEST_IN_BLOCKS
+            size = run.q_length if whole else BLOCK
+            starts = range(0, run.q_length, size)
+            blocks += [_Block(run, start, min(start + size, run.q_length), causal) for start in starts]
     return blocks
 
 
-def _is_all(blocks: list[_Block], k: Tensor) -> bool:
-    """Whether one call computes everything, keys without queries included, so that its results need no copy."""
-    return len(blocks) == 1 and blocks[0].run.count * blocks[0].run.k_length == len(k)
+def _is_all(blocks: list[_Block], q: Tensor, k: Tensor) -> bool:
+    """Whether one call computes everything, so that its results need no copy: each query and key is in its run."""
+    if len(blocks) != 1:
+        return False
+    run = blocks[0].run
+    return (run.count * run.q_length, run.count * run.k_length) == (len(q), len(k))
 
 
 def _forward_block(block: _Block, q: Tensor, k: Tensor, v: Tensor, scale: float) -> tuple[Tensor, Tensor]:

@@ -29,16 +29,16 @@ class Run:
         return rows.view(self.count, self.k_length, *x.shape[1:]).transpose(1, 2)
 
 
-def document_runs(cu_seqlens_q: Tensor, cu_seqlens_k: Tensor, q: Tensor, k: Tensor) -> list[Run]:
+def document_runs(cu_seqlens_q: Tensor, cu_seqlens_k: Tensor, q: Tensor, k: Tensor, causal: bool) -> list[Run]:
     """All documents of a batch; ValueError for impossible boundaries."""
     q_bounds = document_bounds("attention", "cu_seqlens_q", cu_seqlens_q, len(q))
     k_bounds = document_bounds("attention", "cu_seqlens_k", cu_seqlens_k, len(k))
     runs: list[Run] = []
     for (q_start, q_stop), (k_start, k_stop) in zip(pairwise(q_bounds), pairwise(k_bounds), strict=True):
         q_length, k_length = q_stop - q_start, k_stop - k_start
-        if q_length > k_length:
+        if causal and q_length > k_length:
             raise ValueError(
-                f"attention: a document may not have more queries than keys, got {q_length} and {k_length} "
+                f"attention: with causal=True a document may not have more queries than keys, got {q_length} and {k_length} "
                 f"from row {q_start} of q on"
             )
         if runs and (q_length, k_length) == (runs[-1].q_length, runs[-1].k_length):
