@@ -38,8 +38,8 @@ def document_runs(cu_seqlens_q: Tensor, cu_seqlens_k: Tensor, q: Tensor, k: Tens
         q_length, k_length = q_stop - q_start, k_stop - k_start
         if causal and q_length > k_length:
             raise ValueError(
-                f"attention: with causal=True a document may not have more queries than keys, got {q_length} and {k_length} "
-                f"from row {q_start} of q on"
+                f"attention: with causal=True a document may not have more queries than keys, got {q_length} and "
+                f"{k_length} from row {q_start} of q on"
             )
         if runs and (q_length, k_length) == (runs[-1].q_length, runs[-1].k_length):
             runs[-1] = replace(runs[-1], count=runs[-1].count + 1)
