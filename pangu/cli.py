@@ -68,8 +68,9 @@ def _train(options: argparse.Namespace) -> int:
     if options.emulate:
         if config.train.device != "npu":
             raise ConfigError(f"--emulate is for --device npu, not for {config.train.device!r}")
-        from pangu.device import cann_emulator
+        from pangu.device import cann_emulator, environment
 
+        environment.apply(config, leave=("TASK_QUEUE_ENABLE",))  # which the emulator sets
         cann_emulator.install()
     from pangu.train.trainer import train
 

@@ -17,7 +17,7 @@ ALLOWED = {
     "pangu.errors": set(),
     "pangu.files": set(),
     "pangu.config": set(),
-    "pangu.device": {"pangu_kernels"},
+    "pangu.device": {"pangu.config", "pangu_kernels"},
     "pangu.model": {"pangu.config", "pangu_kernels"},
     "pangu.tokenizer": {"pangu.config", "pangu.data"},
     "pangu.data": {"pangu.config", "pangu.tokenizer"},

@@ -2,6 +2,6 @@
 
 from pangu.device.memory import memory_bytes
 from pangu.device.peak import peak_flops
-from pangu.device.select import collective_backend, select, synchronize
+from pangu.device.select import collective_backend, resolve, select, synchronize
 
-__all__ = ["collective_backend", "memory_bytes", "peak_flops", "select", "synchronize"]
+__all__ = ["collective_backend", "memory_bytes", "peak_flops", "resolve", "select", "synchronize"]

@@ -16,8 +16,7 @@ def select(name: str = "auto", index: int = 0) -> torch.device:
     torch_npu is imported here and nowhere else, and only when the NPU is chosen.
     Raises `DeviceError` saying what to install or to change.
     """
-    if name == "auto":
-        name = "npu" if _has_npu() else "cuda" if torch.cuda.is_available() else "cpu"
+    name = resolve(name)
     if name == "cpu":
         return torch.device("cpu")
     if name == "cuda":
@@ -32,6 +31,13 @@ def select(name: str = "auto", index: int = 0) -> torch.device:
     device = torch.device(name, index)
     torch.accelerator.set_device_index(index)
     return device
+
+
+def resolve(name: str) -> str:
+    """The device that "auto" stands for on this machine, found without loading torch_npu; any other name as it is."""
+    if name != "auto":
+        return name
+    return "npu" if _has_npu() else "cuda" if torch.cuda.is_available() else "cpu"
 
 
 def collective_backend(device: torch.device) -> str:

@@ -20,6 +20,7 @@ from pangu.config import Config
 from pangu.data.batch import Batch
 from pangu.data.loader import Loader
 from pangu.data.schedule import Position, Schedule
+from pangu.device import environment
 from pangu.errors import ConfigError, TrainingError
 from pangu.files import write_atomically
 from pangu.model import Transformer, init_weights
@@ -44,6 +45,8 @@ def train(config: Config, output: Path, *, resume: bool = False) -> bool:
     """
     if not resume and any((output / CHECKPOINTS).glob("step_*")):
         raise ConfigError(f"{output} already holds a run; add --resume to go on with it, or choose another --output")
+    if device.resolve(config.train.device) == "npu":
+        environment.apply(config)
     target = device.select(config.train.device)
     schedule = Schedule(config)
     loader = Loader(config, schedule)
