@@ -30,6 +30,7 @@ class Attention(nn.Module):
         self.output_proj = Linear(config.query_size, hidden, bias=bias)
         self.project_inputs: InputProjection = project_inputs
         self.project_output: OutputProjection = project_output
+        self.core_attention = attention
 
     def forward(
         self, x: Tensor, cos: Tensor, sin: Tensor, cu_seqlens: Tensor, cache: LayerCache | None = None
@@ -43,7 +44,7 @@ class Attention(nn.Module):
         cu_seqlens_k = cu_seqlens
         if cache is not None:
             k, v, cu_seqlens_k = cache.extend(k, v)
-        out, _ = attention(q, k, v, cu_seqlens, cu_seqlens_k, self.head_dim**-0.5)  # [T, heads, head_dim]
+        out, _ = self.core_attention(q, k, v, cu_seqlens, cu_seqlens_k, self.head_dim**-0.5)  # [T, heads, head_dim]
         return self.project_output(out.flatten(1), self.output_proj)
 
     def _project(self, x: Tensor, cu_seqlens: Tensor, cache: LayerCache | None) -> tuple[Tensor, Tensor, Tensor]:

@@ -74,16 +74,10 @@ class Convolution(nn.Module):
         super().__init__()
         self.weight = nn.Parameter(torch.empty(hidden_size, hidden_size, taps))
         self.bias = nn.Parameter(torch.empty(hidden_size))
+        self.convolve = _convolution
 
     def forward(self, x: Tensor, cu_seqlens: Tensor) -> Tensor:
-        weight = self.weight.to(x.dtype)
-        taps = weight.shape[-1]
-        age = _position_in_document(cu_seqlens, len(x)).to(x.device)[:, None]  # [T, 1]
-        y = F.linear(x, weight[..., -1], self.bias.to(x.dtype))
-        for distance in range(1, taps):
-            shifted = F.pad(x, (0, 0, distance, 0))[: len(x)]  # row t holds token t - distance
-            y = y + F.linear(shifted.masked_fill(age < distance, 0), weight[..., taps - 1 - distance])
-        return y
+        return self.convolve(x, local(self.weight), local(self.bias), cu_seqlens)
 
 
 class ExponentialMovingAverage(nn.Module):
@@ -108,15 +102,28 @@ class ExponentialMovingAverage(nn.Module):
         kernel = self._kernel(max(lengths))
         # One FFT per document: fp32, since half precision FFTs exist only for powers of two, and only on some devices.
         ema = torch.cat([_causal_convolution(piece, kernel) for piece in x.float().split(lengths)])
-        return F.silu(ema + self.omega.float() * x).to(x.dtype)
+        return F.silu(ema + local(self.omega).float() * x).to(x.dtype)
 
     def _kernel(self, length: int) -> Tensor:
         """Weight of the token j places back, `[length, H]`: the recurrence unrolled."""
-        alpha, delta = self.alpha.float().sigmoid(), self.delta.float().sigmoid()
-        amplitude = alpha * self.beta.float() * self.eta.float() * EMA_DIMENSIONS**-0.5  # [H, dimensions]
+        alpha, beta, delta, eta = (local(p).float() for p in (self.alpha, self.beta, self.delta, self.eta))
+        alpha, delta = alpha.sigmoid(), delta.sigmoid()
+        amplitude = alpha * beta * eta * EMA_DIMENSIONS**-0.5  # [H, dimensions]
         ages = torch.arange(length, device=alpha.device, dtype=torch.float32)
         decay = torch.exp(ages[:, None, None] * torch.log1p(-alpha * delta))  # [length, H, dimensions]
         return torch.einsum("lhd,hd->lh", decay, amplitude)
+
+
+def _convolution(x: Tensor, weight: Tensor, bias: Tensor, cu_seqlens: Tensor) -> Tensor:
+    """x `[T, H]` by weight `[H, H, taps]`, with zeros before a document."""
+    weight = weight.to(x.dtype)
+    taps = weight.shape[-1]
+    age = _position_in_document(cu_seqlens, len(x)).to(x.device)[:, None]  # [T, 1]
+    y = F.linear(x, weight[..., -1], bias.to(x.dtype))
+    for distance in range(1, taps):
+        shifted = F.pad(x, (0, 0, distance, 0))[: len(x)]  # row t holds token t - distance
+        y = y + F.linear(shifted.masked_fill(age < distance, 0), weight[..., taps - 1 - distance])
+    return y
 
 
 def _causal_convolution(x: Tensor, kernel: Tensor) -> Tensor:
