@@ -1,0 +1,112 @@
+"""A world of gloo processes that tests share: starting one takes seconds, a check in it takes milliseconds."""
+
+import tempfile
+import traceback
+from collections.abc import Callable
+from datetime import timedelta
+from multiprocessing import get_context
+from multiprocessing.connection import Connection
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+
+class World:
+    """`size` processes, started when first needed, each with torch.distributed initialized while it runs a function.
+
+    A function that fails on one rank leaves the others waiting in collectives; they are freed by the end of the failed
+    rank's connections, and all ranks begin the next function with fresh process groups.
+    """
+
+    def __init__(self, size: int, timeout: float = 120.0) -> None:
+        """timeout, in seconds, is of a collective; a function may take twice as long."""
+        self.size = size
+        self.timeout = timeout
+        self._folder = tempfile.TemporaryDirectory()
+        self._ranks: list[tuple[Any, Connection]] = []
+        self._generation = 0
+
+    def run(self, function: Callable[..., Any], *args: Any) -> list[Any]:
+        """What `function(*args)` returns on every rank, in their order, from the seed 0.
+
+        The function, arguments and results are pickled: functions of a module, tensors on the CPU. Raises
+        AssertionError with the traceback of each rank on which the function failed or that died or hung.
+        """
+        self._start()
+        for _, pipe in self._ranks:
+            pipe.send((self._generation, function, args))
+        answers = [self._answer(rank) for rank in range(self.size)]
+        failures = [f"rank {rank}:\n{text}" for rank, (succeeded, text) in enumerate(answers) if not succeeded]
+        if failures:
+            self._generation += 1
+            if any(process.exitcode is not None for process, _ in self._ranks):
+                self.close()
+            raise AssertionError("\n".join(failures))
+        return [result for _, result in answers]
+
+    def close(self) -> None:
+        """End the processes. The next `run` starts new ones."""
+        for process, pipe in self._ranks:
+            if process.is_alive():
+                pipe.send(None)
+        for process, pipe in self._ranks:
+            process.join(timeout=10)
+            process.kill()
+            process.join()
+            pipe.close()
+        self._ranks.clear()
+        self._generation += 1
+
+    def _start(self) -> None:
+        if self._ranks:
+            return
+        context = get_context("spawn")
+        store = str(Path(self._folder.name) / "store")
+        for rank in range(self.size):
+            pipe, remote_pipe = context.Pipe()
+            process = context.Process(
+                target=_serve, args=(rank, self.size, self.timeout, store, remote_pipe), daemon=True
+            )
+            process.start()
+            remote_pipe.close()  # so that its end is noticed here
+            self._ranks.append((process, pipe))
+
+    def _answer(self, rank: int) -> tuple[bool, Any]:
+        process, pipe = self._ranks[rank]
+        if not pipe.poll(2 * self.timeout):
+            process.kill()
+            process.join()
+            return False, f"no answer after {2 * self.timeout} s"
+        try:
+            answer: tuple[bool, Any] = pipe.recv()
+            return answer
+        except (EOFError, ConnectionResetError):
+            process.join()
+            return False, f"the process died with exit code {process.exitcode}"
+
+
+def _serve(rank: int, size: int, timeout: float, store: str, pipe: Connection) -> None:
+    current = None
+    while (task := pipe.recv()) is not None:
+        generation, function, args = task
+        if generation != current:
+            _destroy_groups()
+            prefixed = dist.PrefixStore(str(generation), dist.FileStore(store, size))
+            dist.init_process_group(
+                "gloo", store=prefixed, rank=rank, world_size=size, timeout=timedelta(seconds=timeout)
+            )
+            current = generation
+        torch.manual_seed(0)
+        try:
+            pipe.send((True, function(*args)))
+        except BaseException:
+            _destroy_groups()
+            pipe.send((False, traceback.format_exc()))
+    _destroy_groups()
+
+
+def _destroy_groups() -> None:
+    if dist.is_initialized():
+        dist.destroy_process_group()
