@@ -7,7 +7,7 @@ the durations given; whole numbers and fractions stay exact.
 """
 
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property, lru_cache
 from types import SimpleNamespace
@@ -277,13 +277,18 @@ class Timeline:
         """Idle time over `ideal_seconds`: (p-1)/m for 1F1B and even stages, Megatron's convention."""
         return self.pipeline_seconds / self.ideal_seconds - 1
 
+    def passes(self) -> Iterator[tuple[int, Action, float, float]]:
+        """(rank, action, start, end) of every pass, a rank's in their order."""
+        upcoming = [iter(actions) for actions in self.order.ranks]
+        for step, start, end in zip(self.order.steps, self.start, self.end, strict=True):
+            yield step.rank, next(upcoming[step.rank]), start, end
+
     def in_flight(self, rank: int) -> list[tuple[float, tuple[int, ...]]]:
         """(time, micro-batches whose activations each of the rank's stages holds) at every change."""
         held = dict.fromkeys(self.order.stages_of(rank), 0)
         moments: list[tuple[float, tuple[int, ...]]] = []
-        for step, start, end in zip(self.order.steps, self.start, self.end, strict=True):
-            kind, stage = divmod(step.duration, self.order.num_stages)
-            if step.rank == rank and kind != BACKWARD_INPUT:
+        for at, (kind, stage, _), start, end in self.passes():
+            if at == rank and kind != BACKWARD_INPUT:
                 held[stage] += 1 if kind == FORWARD else -1
                 moments.append((start if kind == FORWARD else end, tuple(held.values())))
         return moments
