@@ -1,4 +1,4 @@
-"""The two closed-form performance models of Yuan 2.0 (arXiv 2311.15786, section 3.4 and appendices C and D), as printed.
+"""The two closed-form performance models of Yuan 2.0 (arXiv 2311.15786, section 3.4, appendices C and D), as printed.
 
 Method 1 is tensor + pipeline + data parallelism; method 2 a non-uniform pipeline with sharded optimizer state and no
 tensor parallelism. Both assume activation recomputation of every layer and four bytes per gradient. Each comes for a

@@ -25,7 +25,7 @@ YUAN_1 = Setting(
     adapters=2,
 )
 
-# Appendix D: Yuan 2.0-102B, A 384, L 84, H 8192, S 4096, PP 32, DP 3 on 96 chips; 144 and DP 8 on 256 (a batch of 1152).
+# Appendix D: Yuan 2.0-102B, A 384, L 84, H 8192, S 4096, PP 32, DP 3 on 96 chips; A 144, DP 8 on 256 (a batch of 1152).
 YUAN_2 = Setting(
     accumulation_steps=384,
     micro_batch_size=1,
