@@ -216,11 +216,12 @@ def test_attention_over_two_halves_of_the_keys_can_be_merged(npu: ModuleType) ->
 
     def attend(k: Tensor, v: Tensor) -> list[Tensor]:
         ends = {"actual_seq_qlen": [4], "actual_seq_kvlen": [k.shape[0]]}
-        return npu.npu_fusion_attention(q, k, v, 2, "TND", scale=0.3, **ends)[:3]
+        return npu.npu_fusion_attention(q, k, v, 2, "TND", scale=0.3, softmax_layout="TND", **ends)[:3]
 
     whole, first, second = attend(k, v), attend(k[:2], v[:2]), attend(k[2:], v[2:])
     ends = torch.tensor([4], device="npu")
-    merged = npu.npu_ring_attention_update(*first, *second, actual_seq_qlen=ends, input_layout="TND")
+    layouts = {"input_layout": "TND", "input_softmax_layout": "TND"}
+    merged = npu.npu_ring_attention_update(*first, *second, actual_seq_qlen=ends, **layouts)
     for a, b in zip(merged, whole, strict=True):
         torch.testing.assert_close(a.cpu(), b.cpu())
 

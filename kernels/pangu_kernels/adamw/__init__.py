@@ -5,7 +5,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from pangu_kernels.adamw import cpu, reference
+from pangu_kernels.adamw import ascend, cpu, reference
 from pangu_kernels.checks import check_operand, check_same_dtype, check_tensor
 from pangu_kernels.registration import define, implement
 from pangu_kernels.triton_support import triton_or
@@ -76,3 +76,4 @@ _step = define(
 )
 implement("adamw", "cpu", cpu.step_)
 implement("adamw", "cuda", triton_or(reference.step_))
+implement("adamw", "npu", ascend.step_)

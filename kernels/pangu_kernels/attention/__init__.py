@@ -5,10 +5,16 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from pangu_kernels.attention import cpu, reference
+from pangu_kernels.attention import ascend, cpu, reference
 from pangu_kernels.checks import check_boundaries, check_operand, check_same_dtype, check_tensor
 from pangu_kernels.precision import accumulation_dtype
 from pangu_kernels.registration import define, implement
+
+MAX_HEAD_DIM = 1024
+"""On every device. Fused kernels take less (768 on Ascend) and leave larger heads to the unfused form, whose memory
+grows with the square of the longest document."""
+MAX_DOCUMENTS = 65_535
+"""On every device: what kernels with a grid dimension for documents can count."""
 
 
 def attention(
@@ -24,7 +30,7 @@ def attention(
 
     q `[Tq, Hq, D]`, k and v `[Tk, Hkv, D]` with Hq a multiple of Hkv, contiguous in the last dimension. Document i is
     rows `cu_seqlens[i]` to `cu_seqlens[i + 1]`, int32 `[N+1]` from 0 to T, always on the CPU. Documents without queries
-    are allowed.
+    are allowed. D is at most MAX_HEAD_DIM, N at most MAX_DOCUMENTS.
 
     Causal, a document's last query stands at its last key, so with Tq < Tk the same call serves decoding and chunked
     prefill with a cache; a document may not have more queries than keys. Not causal, every query sees all keys of its
@@ -34,7 +40,7 @@ def attention(
     gradient. Two calls over different keys are merged by the logsumexp, and `pangu::attention_backward` takes the
     merged out and logsumexp for each of them: that is ring attention.
 
-    Raises TypeError for wrong dtypes, ValueError for shapes, devices, strides or boundaries that do not fit.
+    Raises TypeError for wrong dtypes, ValueError for shapes, devices, strides, boundaries or limits that do not fit.
     """
     _check(q, k, v, cu_seqlens_q, cu_seqlens_k)
     if torch.is_grad_enabled():
@@ -48,11 +54,17 @@ def _check(q: Tensor, k: Tensor, v: Tensor, cu_seqlens_q: Tensor, cu_seqlens_k: 
     key_heads = k.shape[1]
     if not key_heads or q.shape[1] % key_heads:
         raise ValueError(f"attention: q's {q.shape[1]} heads must be a multiple of k's {key_heads}")
+    if q.shape[2] > MAX_HEAD_DIM:
+        raise ValueError(f"attention: the last dimension of q must be at most {MAX_HEAD_DIM}, got {q.shape[2]}")
     check_operand("attention", "k", k, (len(k), key_heads, q.shape[2]), q, contiguous=False)
     check_operand("attention", "v", v, k.shape, q, contiguous=False)
     check_same_dtype("attention", "k", k, q)
     check_same_dtype("attention", "v", v, q)
     check_boundaries("attention", "cu_seqlens_q", cu_seqlens_q)
+    if len(cu_seqlens_q) - 1 > MAX_DOCUMENTS:
+        raise ValueError(
+            f"attention: cu_seqlens_q must hold at most {MAX_DOCUMENTS} documents, got {len(cu_seqlens_q) - 1}"
+        )
     if cu_seqlens_k is not cu_seqlens_q:
         check_boundaries("attention", "cu_seqlens_k", cu_seqlens_k)
         if cu_seqlens_k.shape != cu_seqlens_q.shape:
@@ -123,3 +135,5 @@ _backward = define(
 )
 implement("attention", "cpu", cpu.forward)
 implement("attention_backward", "cpu", cpu.backward)
+implement("attention", "npu", ascend.forward)
+implement("attention_backward", "npu", ascend.backward)

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from pangu_kernels.checks import check_operand, check_tensor, describe
-from pangu_kernels.linear_cross_entropy import cpu, reference
+from pangu_kernels.linear_cross_entropy import ascend, cpu, reference
 from pangu_kernels.precision import accumulation_dtype
 from pangu_kernels.registration import define, implement
 from pangu_kernels.triton_support import triton_or
@@ -108,3 +108,4 @@ _backward = define(
 )
 implement("linear_cross_entropy", "cpu", cpu.forward)
 implement("linear_cross_entropy", "cuda", triton_or(reference.forward))
+implement("linear_cross_entropy", "npu", ascend.forward)

@@ -8,7 +8,7 @@ from torch import Tensor
 from pangu_kernels.checks import check_operand, check_tensor
 from pangu_kernels.precision import accumulation_dtype
 from pangu_kernels.registration import define, implement
-from pangu_kernels.rms_norm import cpu, reference
+from pangu_kernels.rms_norm import ascend, cpu, reference
 from pangu_kernels.triton_support import triton_or
 
 
@@ -61,3 +61,5 @@ implement("rms_norm", "cpu", cpu.forward)
 implement("rms_norm_backward", "cpu", cpu.backward)
 implement("rms_norm", "cuda", triton_or(reference.forward))
 implement("rms_norm_backward", "cuda", triton_or(reference.backward))
+implement("rms_norm", "npu", ascend.forward)
+implement("rms_norm_backward", "npu", ascend.backward)

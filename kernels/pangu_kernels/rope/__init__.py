@@ -7,7 +7,7 @@ from torch import Tensor
 
 from pangu_kernels.checks import check_operand, check_tensor
 from pangu_kernels.registration import define, implement
-from pangu_kernels.rope import cpu, reference
+from pangu_kernels.rope import ascend, cpu, reference
 from pangu_kernels.triton_support import triton_or
 
 
@@ -53,3 +53,5 @@ implement("rope", "cpu", cpu.forward)
 implement("rope_backward", "cpu", cpu.backward)
 implement("rope", "cuda", triton_or(reference.forward))
 implement("rope_backward", "cuda", triton_or(reference.backward))
+implement("rope", "npu", ascend.forward)
+implement("rope_backward", "npu", ascend.backward)

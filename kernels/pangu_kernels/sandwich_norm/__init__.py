@@ -8,7 +8,7 @@ from torch import Tensor
 from pangu_kernels.checks import check_operand, check_same_dtype, check_tensor
 from pangu_kernels.precision import accumulation_dtype
 from pangu_kernels.registration import define, implement
-from pangu_kernels.sandwich_norm import cpu, reference
+from pangu_kernels.sandwich_norm import ascend, cpu, reference
 from pangu_kernels.triton_support import triton_or
 
 
@@ -124,3 +124,5 @@ implement("sandwich_norm", "cpu", cpu.forward)
 implement("sandwich_norm_backward", "cpu", cpu.backward)
 implement("sandwich_norm", "cuda", triton_or(reference.forward))
 implement("sandwich_norm_backward", "cuda", triton_or(reference.backward))
+implement("sandwich_norm", "npu", ascend.forward)
+implement("sandwich_norm_backward", "npu", ascend.backward)

@@ -6,10 +6,14 @@
 What an absent norm would return is an empty tensor, since operators return tensors only.
 """
 
+from collections.abc import Callable
+
 from torch import Tensor
 
 from pangu_kernels.precision import accumulation_dtype
 from pangu_kernels.rms_norm import reference as rms_norm
+
+NormBackward = Callable[[Tensor, Tensor, Tensor, Tensor], tuple[Tensor, Tensor]]
 
 
 def forward(
@@ -35,8 +39,9 @@ def backward(
     pre_weight: Tensor | None,
     post_rstd: Tensor,
     pre_rstd: Tensor,
+    norm_backward: NormBackward = rms_norm.backward,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """d_residual, d_y, d_post_weight and d_pre_weight.
+    """d_residual, d_y, d_post_weight and d_pre_weight; a device with a kernel for one norm's passes it.
 
     d_residual is d_new_residual plus what comes through the pre-norm: empty without one, since it is d_new_residual
     then. d_y is d_residual through the post-norm: empty without one, since it is d_residual then.
@@ -46,12 +51,12 @@ def backward(
     if pre_weight is not None:
         assert d_normed is not None
         assert new_residual is not None
-        d_residual, d_pre_weight = rms_norm.backward(d_normed, new_residual, pre_weight, pre_rstd)
+        d_residual, d_pre_weight = norm_backward(d_normed, new_residual, pre_weight, pre_rstd)
         d_sum = d_residual if d_new_residual is None else d_residual.add_(d_new_residual)
     if post_weight is not None:
         assert d_sum is not None
         assert y is not None
-        d_y, d_post_weight = rms_norm.backward(d_sum, y, post_weight, post_rstd)
+        d_y, d_post_weight = norm_backward(d_sum, y, post_weight, post_rstd)
     return d_residual, d_y, d_post_weight, d_pre_weight
 
 

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from pangu_kernels.checks import check_tensor
 from pangu_kernels.registration import define, implement
-from pangu_kernels.swiglu import cpu, reference
+from pangu_kernels.swiglu import ascend, cpu, reference
 from pangu_kernels.triton_support import triton_or
 
 
@@ -50,3 +50,5 @@ implement("swiglu", "cpu", cpu.forward)
 implement("swiglu_backward", "cpu", cpu.backward)
 implement("swiglu", "cuda", triton_or(reference.forward))
 implement("swiglu_backward", "cuda", triton_or(reference.backward))
+implement("swiglu", "npu", ascend.forward)
+implement("swiglu_backward", "npu", ascend.backward)

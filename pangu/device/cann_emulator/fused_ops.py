@@ -44,12 +44,15 @@ def rms_norm_backward(dy: Tensor, input: Tensor, gamma: Tensor, rstd: Tensor) ->
 
 
 def add_rms_norm(x1: Tensor, x2: Tensor, gamma: Tensor, epsilon: float = 1e-6) -> tuple[Tensor, Tensor, Tensor]:
+    _require(gamma.dtype == x1.dtype == x2.dtype, "add_rms_norm: x1, x2 and gamma differ in dtype")
+    _require(x1.numel() > 0, "add_rms_norm: an empty tensor")
     total = (x1.float() + x2.float()).to(x1.dtype)
     return *rms_norm(total, gamma, epsilon), total
 
 
 def _normalized_dims(input: Tensor, gamma: Tensor) -> tuple[int, ...]:
     _require(input.shape[input.dim() - gamma.dim() :] == gamma.shape, "rms_norm: gamma is not of the last dimensions")
+    _require(gamma.dtype in (input.dtype, torch.float32), "rms_norm: gamma is neither fp32 nor of the input's dtype")
     return tuple(range(-gamma.dim(), 0))
 
 
@@ -99,6 +102,7 @@ class Layout:
     head_num: int
     query_ends: Ends
     key_ends: Ends
+    softmax_layout: str
 
     def queries(self, tensor: Tensor) -> list[Tensor]:
         """Views [heads, length, head_dim], one for each sequence."""
@@ -111,10 +115,19 @@ class Layout:
         return self._sequences(tensor, self.name, self.key_ends)
 
     def statistics(self, tensor: Tensor) -> list[Tensor]:
-        """Of softmax_max and softmax_sum, which repeat every number 8 times: views [heads, length, 1]."""
-        return [
-            view[..., :1] for view in self._sequences(tensor, "TND" if self.name == "TND" else "BNSD", self.query_ends)
-        ]
+        """Of softmax_max and softmax_sum, which repeat every number 8 times: views [heads, length, 1].
+
+        In TND they have the shape [tokens, heads, 8], but not the order unless softmax_layout says so: the numbers of
+        each sequence lie [heads, length, 8], as documented.
+        """
+        if self.name != "TND":
+            views = self._sequences(tensor, "BNSD", None)
+        elif self.softmax_layout == "TND":
+            views = self._sequences(tensor, "TND", self.query_ends)
+        else:
+            rows = [view.transpose(0, 1) for view in self._sequences(tensor, "TND", self.query_ends)]
+            views = [block.view(block.shape[1], block.shape[0], 8) for block in rows]
+        return [view[..., :1] for view in views]
 
     def new_statistics(self, query: Tensor) -> Tensor:
         if self.name == "TND":
@@ -145,9 +158,11 @@ def fusion_attention(
     actual_seq_qlen: Ends = None,
     actual_seq_kvlen: Ends = None,
     sparse_mode: int = 0,
+    softmax_layout: str = "",
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Returns the output and, repeated 8 times in a last dimension, each row's largest score and sum of exps."""
-    layout = Layout(input_layout, head_num, actual_seq_qlen, actual_seq_kvlen)
+    _check_attention(query, key, value, input_layout, actual_seq_qlen)
+    layout = Layout(input_layout, head_num, actual_seq_qlen, actual_seq_kvlen, softmax_layout)
     output, maximum, total = torch.empty(query.shape), layout.new_statistics(query), layout.new_statistics(query)
     sequences = zip(
         *map(layout.queries, (query, output)),
@@ -156,6 +171,9 @@ def fusion_attention(
         strict=True,
     )
     for q, out, k, v, row_maximum, row_total in sequences:
+        if not q.shape[1]:
+            continue
+        _require(k.shape[1] > 0, "fusion_attention: a sequence has queries and no keys")
         masked = _masked(q.shape[1], k.shape[1], atten_mask, sparse_mode, pre_tockens, next_tockens)
         scores = _scores(q, k, scale, masked)  # [heads, q, kv]
         row_maximum.copy_(scores.amax(-1, keepdim=True))
@@ -182,9 +200,11 @@ def fusion_attention_grad(
     actual_seq_qlen: Ends = None,
     actual_seq_kvlen: Ends = None,
     sparse_mode: int = 0,
+    softmax_layout: str = "",
 ) -> tuple[Tensor, Tensor, Tensor]:
     """From the given statistics, not recomputed ones, so that ring attention may pass those over all keys."""
-    layout = Layout(input_layout, head_num, actual_seq_qlen, actual_seq_kvlen)
+    _check_attention(query, key, value, input_layout, actual_seq_qlen)
+    layout = Layout(input_layout, head_num, actual_seq_qlen, actual_seq_kvlen, softmax_layout)
     grads = (torch.empty(query.shape), torch.empty(key.shape), torch.empty(value.shape))
     sequences = zip(
         *map(layout.queries, (query, dy, attention_in, grads[0])),
@@ -204,6 +224,15 @@ def fusion_attention_grad(
     return grads
 
 
+def _check_attention(query: Tensor, key: Tensor, value: Tensor, input_layout: str, ends: Ends) -> None:
+    _require(key.dtype == query.dtype == value.dtype, "fusion_attention: query, key and value differ in dtype")
+    if input_layout == "TND":
+        _require(query.shape[2] <= 768, f"fusion_attention: head dimension {query.shape[2]} is over 768")
+        _require(query.shape[1] <= 256, f"fusion_attention: {query.shape[1]} heads are over 256")
+        _require(max(len(query), len(key)) <= 2**20, "fusion_attention: more than 1M tokens")
+        _require(ends is None or len(ends) <= 1024, "fusion_attention: more than 1K sequences")
+
+
 def ring_attention_update(
     prev_attn_out: Tensor,
     prev_softmax_max: Tensor,
@@ -213,10 +242,13 @@ def ring_attention_update(
     cur_softmax_sum: Tensor,
     actual_seq_qlen: Tensor | None = None,
     input_layout: str = "SBH",
+    input_softmax_layout: str = "",
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Merges attention over two sets of keys. The statistics repeat one number 8 times; TND only."""
-    if input_layout != "TND":
-        raise NotImplementedError(f"npu_ring_attention_update: no numerics for input_layout {input_layout!r}")
+    if (input_layout, input_softmax_layout) != ("TND", "TND"):
+        raise NotImplementedError(
+            f"npu_ring_attention_update: no numerics for layouts {input_layout!r} and {input_softmax_layout!r}"
+        )
     maximum = torch.maximum(prev_softmax_max, cur_softmax_max)
     previous = prev_softmax_sum * (prev_softmax_max - maximum).exp()
     current = cur_softmax_sum * (cur_softmax_max - maximum).exp()
