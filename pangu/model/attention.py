@@ -1,5 +1,7 @@
 """Causal grouped-query attention over packed documents, with or without Yuan's local filter before queries and keys."""
 
+from collections.abc import Callable
+
 from pangu_kernels import attention, rope
 from torch import Tensor, nn
 
@@ -7,6 +9,8 @@ from pangu.config import ModelConfig
 from pangu.model.cache import LayerCache
 from pangu.model.linear import InputProjection, Linear, OutputProjection, project_inputs, project_output
 from pangu.model.local_filter import build_local_filter
+
+CoreAttention = Callable[[Tensor, Tensor, Tensor, Tensor, Tensor, float], tuple[Tensor, Tensor]]
 
 
 class Attention(nn.Module):
@@ -30,7 +34,7 @@ class Attention(nn.Module):
         self.output_proj = Linear(config.query_size, hidden, bias=bias)
         self.project_inputs: InputProjection = project_inputs
         self.project_output: OutputProjection = project_output
-        self.core_attention = attention
+        self.core_attention: CoreAttention = attention
 
     def forward(
         self, x: Tensor, cos: Tensor, sin: Tensor, cu_seqlens: Tensor, cache: LayerCache | None = None
