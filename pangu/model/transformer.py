@@ -14,6 +14,7 @@ from typing import overload
 
 import torch
 from pangu_kernels import linear_cross_entropy
+from pangu_kernels.rope import table_dtype
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -131,7 +132,9 @@ class Transformer(nn.Module):
             h = self.embedding(tokens, self.compute_dtype)
         else:
             h = tokens
-        cos, sin = rotary_tables(position_ids, self.config.head_dim, self.rope_base)
+        cos, sin = (
+            table.to(table_dtype(h)) for table in rotary_tables(position_ids, self.config.head_dim, self.rope_base)
+        )
         for index, block in self.layers.items():
             h = block(h, cos, sin, cu_seqlens, None if cache is None else cache.layer(index))
         if self.norm is not None:

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from pangu_kernels.checks import check_operand, check_tensor
+from pangu_kernels.precision import accumulation_dtype
 from pangu_kernels.registration import define, implement
 from pangu_kernels.rope import ascend, cpu, reference
 from pangu_kernels.triton_support import triton_or
@@ -28,6 +29,14 @@ def rope(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     if torch.is_grad_enabled():
         return _Rope.apply(x, cos, sin)
     return _forward(x, cos, sin)
+
+
+def table_dtype(x: Tensor) -> torch.dtype:
+    """In which dtype the kernel of x's device reads cosines and sines: fp32 (fp64 for fp64), on an NPU that of x.
+
+    Tables in another are cast on an NPU, at every call: whoever calls with the same ones often casts them first.
+    """
+    return x.dtype if x.device.type == "npu" else accumulation_dtype(x.dtype)
 
 
 class _Rope(torch.autograd.Function):
