@@ -2,13 +2,18 @@
 
 import argparse
 import dataclasses
+import os
 import sys
 import traceback
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from pangu import __version__
 from pangu.errors import ConfigError, PanguError
+
+if TYPE_CHECKING:
+    from pangu.config import Config
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -36,6 +41,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--debug", action="store_true", help="show the traceback of an error")
     commands = parser.add_subparsers(metavar="COMMAND", required=True)
     _add_train(commands)
+    _add_launch(commands)
     _add_plot(commands)
     _add_generate(commands)
     _add_export(commands)
@@ -60,11 +66,15 @@ def _add_train(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") 
     command.set_defaults(run=_train)
 
 
-def _train(options: argparse.Namespace) -> int:
+def _load_config(options: argparse.Namespace) -> "Config":
     from pangu import config as configuration
 
     device = ["--train.device", options.device] if options.device else []
-    config = configuration.load(options.config, [*options.overrides, *device])
+    return configuration.load(options.config, [*options.overrides, *device])
+
+
+def _train(options: argparse.Namespace) -> int:
+    config = _load_config(options)
     if options.emulate:
         if config.train.device != "npu":
             raise ConfigError(f"--emulate is for --device npu, not for {config.train.device!r}")
@@ -72,10 +82,103 @@ def _train(options: argparse.Namespace) -> int:
 
         environment.apply(config, leave=("TASK_QUEUE_ENABLE",))  # which the emulator sets
         cann_emulator.install()
+    from torch.distributed.elastic.multiprocessing.errors import record
+
     from pangu.train.trainer import train
 
     output = options.output or Path("runs") / Path(options.config).stem
-    return 0 if train(config, output, resume=options.resume) else 130
+    # What a worker dies of is left where `pangu launch` and torchrun look for it.
+    run = record(train) if "TORCHELASTIC_ERROR_FILE" in os.environ else train
+    return 0 if run(config, output, resume=options.resume) else 130
+
+
+def _add_launch(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
+    command = commands.add_parser(
+        "launch",
+        help="run a command as several processes, on one node or many",
+        description="Run `pangu COMMAND` in --nproc processes on this node, on every host of a list, or as one node of "
+        "several. Example: pangu launch --nproc 8 train quickstart --parallel.tp 2. See docs/launching.md.",
+    )
+    command.add_argument("--nproc", type=int, help="processes per node (default: the node's devices, 1 on a CPU)")
+    command.add_argument("--nodes", metavar="A,B,...", help="hosts to start on over ssh")
+    command.add_argument("--hosts", metavar="FILE", type=Path, help="the same from a file: `name [slots=N]` a line")
+    command.add_argument("--ssh", default="ssh", help="how to reach a host, with options (default: %(default)s)")
+    command.add_argument("--nnodes", type=int, default=1, help="nodes of the job, each started by its own command")
+    command.add_argument("--node-rank", type=int, default=0, help="this node's number, from 0")
+    command.add_argument("--master-addr", default="127.0.0.1", help="where the others reach node 0")
+    command.add_argument("--master-port", type=int, default=0, help="a free port there (default with hosts: 29400)")
+    command.add_argument("--max-restarts", type=int, default=0, help="after failures, from the newest checkpoint")
+    command.add_argument("--stop-seconds", type=float, default=600, help="time for a checkpoint after SIGTERM")
+    command.add_argument("--join-seconds", type=float, default=900, help="time for other nodes to come, or come back")
+    command.add_argument("--lost-seconds", type=float, default=20, help="a node silent for so long is lost")
+    command.add_argument("--rank-table", metavar="FILE", type=Path, help="write Ascend's rank table there, for HCCL")
+    command.add_argument("--stop-with-stdin", action="store_true", help="the end of standard input acts as SIGTERM")
+    command.add_argument("command", metavar="COMMAND", nargs=argparse.REMAINDER, help="such as train CONFIG ...")
+    command.set_defaults(run=_launch)
+
+
+def _launch(options: argparse.Namespace) -> int:
+    from pangu import launch
+
+    command = options.command[1:] if options.command[:1] == ["--"] else options.command
+    if not command or options.overrides:
+        raise ConfigError("launch needs a command after its options, as in: pangu launch --nproc 8 train quickstart")
+    if options.nodes and options.hosts:
+        raise ConfigError("--nodes and --hosts both name hosts; give one of them")
+    hosts = launch.read_hosts(options.hosts) if options.hosts else launch.parse_hosts(options.nodes or "")
+    nproc = launch.processes_per_host(hosts, options.nproc) if hosts else options.nproc or _device_count(command)
+    job = launch.Job(
+        command=tuple(command),
+        nproc=nproc,
+        nnodes=len(hosts) or options.nnodes,
+        node_rank=options.node_rank,
+        master_addr=hosts[0].name if hosts and options.master_addr == "127.0.0.1" else options.master_addr,
+        master_port=options.master_port or (29400 if len(hosts) > 1 else 0),
+        max_restarts=options.max_restarts,
+        stop_seconds=options.stop_seconds,
+        join_seconds=options.join_seconds,
+        lost_seconds=options.lost_seconds,
+        rank_table=options.rank_table,
+    )
+    job = dataclasses.replace(job, coordinates=_coordinates(command, job.nproc, job.nnodes))
+    if hosts:
+        return launch.launch_hosts(hosts, job, options.ssh.split())
+    return launch.launch_node(job, stop_with_stdin=options.stop_with_stdin)
+
+
+def _train_config(command: Sequence[str]) -> "Config | None":
+    """The config of a `train` command, None for any other; the command is checked as `pangu` itself would."""
+    options, overrides = _parser().parse_known_args(command)
+    options.overrides = overrides
+    return _load_config(options) if options.run is _train else None
+
+
+def _device_count(command: Sequence[str]) -> int:
+    config = _train_config(command)
+    if config is None:
+        return 1
+    from pangu.device import resolve, select
+
+    if resolve(config.train.device) == "cpu":
+        return 1
+    import torch
+
+    select(config.train.device)
+    return torch.accelerator.device_count()
+
+
+def _coordinates(command: Sequence[str], nproc: int, nnodes: int) -> Callable[[int], str]:
+    """What describes a rank by its place in the layout. A layout that does not fit is refused here, on one process."""
+    config = _train_config(command)
+    if config is None:
+        return lambda rank: ""
+    from pangu.parallel.layout import make_layout
+
+    if nnodes > 1:  # what a node is does not depend on parallel.devices_per_node here
+        parallel = dataclasses.replace(config.parallel, devices_per_node=nproc)
+        config = dataclasses.replace(config, parallel=parallel)
+    layout = make_layout(config, nproc * nnodes)
+    return lambda rank: ", ".join(f"{name} {index}" for name, index in layout.coordinates(rank).items())
 
 
 def _add_plot(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:

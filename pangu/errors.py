@@ -27,3 +27,7 @@ class TrainingError(PanguError):
 
 class ConversionError(PanguError):
     """A model that the requested format cannot express, or files that are not of that format."""
+
+
+class LaunchError(PanguError):
+    """Workers that cannot be started as asked: hosts, ports, node ranks."""
