@@ -5,9 +5,10 @@ Checks are functions of a `World` that every rank runs; all those of a world siz
 
 import os
 import traceback
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
+from importlib.util import find_spec
 from itertools import product
 from multiprocessing import get_context
 from pathlib import Path
@@ -19,14 +20,20 @@ import torch.distributed as dist
 from pangu_kernels.overlap import (
     all_gather_matmul,
     all_gather_rows,
+    ascend,
     copy_to_group,
+    cuda,
     matmul_reduce_scatter,
     modes,
     reduce_from_group,
     reduce_scatter_rows,
 )
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.testing._internal.distributed.fake_pg import FakeStore
 from torch.utils._python_dispatch import TorchDispatchMode
+
+from pangu.device.cann_emulator import emulated_npu
 
 ROWS = 8  # of a rank
 DEPTH, WIDTHS = 256, (272, 256)  # MC2 takes no less than 256
@@ -342,21 +349,102 @@ def check_fp64(world: World) -> None:
         compare_matmul_reduce_scatter(world, torch.float64, torch.float32, mode="chunked")
 
 
-CHECKS = {name.removeprefix("check_"): f for name, f in list(globals().items()) if name.startswith("check_")}
+# ---- checks of MC2, on emulated NPUs
+
+GATHER_MM, MM_SCATTER = "aclnnAllGatherMatmul", "aclnnMatmulReduceScatter"
+
+
+def recorded(world: World, call: Callable[[], Any]) -> tuple[Any, list[str]]:
+    """What `call` returns, and the matmuls and collectives that CANN was asked for."""
+    with world.emulator.record() as calls:
+        result = call()
+    return result, [name for _, name in calls if name.startswith("Hccl") or name in (GATHER_MM, MM_SCATTER, "aclnnMm")]
+
+
+def check_mc2_equals_one_device(world: World) -> None:
+    for precision in ((BF16, FP32), (BF16, BF16), (FP16, FP32)):
+        for keep_gathered in (False, True):
+            compare_all_gather_matmul(world, *precision, mode="fused", keep_gathered=keep_gathered)
+        compare_matmul_reduce_scatter(world, *precision, mode="fused")
+
+
+def check_mc2_is_what_runs(world: World) -> None:
+    for mode in ("fused", "auto"):
+        x = world.random(0, ROWS, DEPTH, dtype=BF16).requires_grad_()
+        full = world.random(1, ROWS * world.size, DEPTH, dtype=BF16).requires_grad_()
+        weights = [world.random(n, n, DEPTH).requires_grad_() for n in WIDTHS]
+        (y, other), names = recorded(world, lambda: all_gather_matmul(x, weights, world.group, mode=mode))  # noqa: B023
+        assert names == [GATHER_MM, "aclnnMm"]
+        backward = lambda: torch.autograd.backward((y, other), (y.detach(), other.detach()))  # noqa: B023, E731
+        _, names = recorded(world, backward)
+        assert sorted(names) == ["HcclAllGather", "HcclReduceScatter", "aclnnMm", "aclnnMm", "aclnnMm"]
+        y, names = recorded(world, lambda: matmul_reduce_scatter(full, weights[0], world.group, mode=mode))  # noqa: B023
+        assert names == [MM_SCATTER]
+        _, names = recorded(world, lambda: y.backward(y.detach()))  # noqa: B023
+        assert names == [GATHER_MM, "aclnnMm"]
+
+
+def check_mc2_limits_are_ours_to_refuse(world: World) -> None:
+    group = world.group
+    x, full = world.random(0, ROWS, 256, dtype=BF16), world.random(1, ROWS * world.size, 256, dtype=BF16)
+    shallow = world.random(2, 255, 256)
+    impossible = 'mode "fused" is impossible, MC2'
+
+    def refused(call: Callable[[], object], message: str) -> None:
+        with world.emulator.record() as calls, pytest.raises(ValueError, match=message):
+            call()
+        assert calls == []
+
+    x_fp32, x_shallow = x.float(), x[:, :255].contiguous()
+    refused(lambda: all_gather_matmul(x_fp32, [shallow], group, mode="fused"), f"{impossible} .* x is torch.float32")
+    depth = f"{impossible} contracts over 256 to 65534 elements, not 255"
+    refused(lambda: all_gather_matmul(x_shallow, [shallow[:, :255]], group, mode="fused"), depth)
+    refused(lambda: matmul_reduce_scatter(full, shallow, group, mode="fused"), depth)  # in backward
+    deep = torch.zeros(1, 65535, dtype=BF16, device="npu")
+    refused(lambda: all_gather_matmul(deep, [deep], group, mode="fused"), "not 65535")
+    refused(lambda: all_gather_matmul(x[:0], [shallow], group, mode="fused"), "x is empty")
+    with world.emulator.record() as calls:
+        y = matmul_reduce_scatter(full, shallow, group)
+    assert {name for _, name in calls}.isdisjoint((GATHER_MM, MM_SCATTER))
+    torch.testing.assert_close(y, matmul_reduce_scatter(full, shallow, group, mode="reference"))
+    if world.size == 4:
+        three = dist.new_group([0, 1, 2])
+        if world.rank < 3:
+            ranks = f"{impossible} runs on 2, 4, 8 ranks, the group has 3"
+            refused(lambda: all_gather_matmul(x, [shallow], three, mode="fused"), ranks)
+            refused(lambda: matmul_reduce_scatter(full[:24], shallow, three, mode="fused"), ranks)
+            compare_all_gather_matmul(World(three, "npu", world.emulator), BF16, FP32)
+
+
+def check_mc2_takes_more_ranks_on_a3(world: World) -> None:
+    class OfSixteen:
+        def size(self) -> int:
+            return 16
+
+    limit = ascend.limit(world.random(0, ROWS, 256, dtype=BF16), [256], OfSixteen())  # type: ignore[arg-type]
+    is_a3 = world.emulator.config.soc.startswith("Ascend910_93")
+    assert (limit is None) == is_a3
+
+
+ALL = {name.removeprefix("check_"): f for name, f in list(globals().items()) if name.startswith("check_")}
+CHECKS = {name: check for name, check in ALL.items() if not name.startswith("mc2_")}
+NPU_OPTIONS: dict[int, dict[str, Any]] = {2: {"asynchronous": True, "soc": "Ascend910_9392"}, 4: {}}
 
 
 # ---- running them
 
 
 def run_checks(world: World, checks: dict[str, Callable[[World], None]]) -> dict[str, str]:
-    """What failed on this rank, by the name of the check."""
-    failures = {}
+    """What failed on this rank, by the name of the check. Then ranks may be out of step: what follows is not run."""
+    failures: dict[str, str] = {}
     for name, check in checks.items():
+        if failures:
+            failures[name] = f"not run on rank {world.rank} after the failure of {next(iter(failures))}"
+            continue
         try:
             check(world)
         except BaseException:
             failures[name] = f"rank {world.rank}:\n{traceback.format_exc()}"
-            break  # ranks may be out of step now
     return failures
 
 
@@ -367,6 +455,17 @@ def run_gloo(rank: int, size: int, store: str) -> dict[str, str]:
     assert group is not None
     failures = run_checks(World(group, "cpu"), CHECKS)
     dist.destroy_process_group()
+    return failures
+
+
+def run_npu(rank: int, size: int, store: str) -> dict[str, str]:
+    with emulated_npu(**NPU_OPTIONS[size]) as emulator:
+        torch.get_device_module("npu").set_device(rank)
+        dist.init_process_group("hccl", store=dist.FileStore(store, size), rank=rank, world_size=size)
+        group = dist.group.WORLD
+        assert group is not None
+        failures = run_checks(World(group, "npu", emulator), ALL)
+        dist.destroy_process_group()
     return failures
 
 
@@ -395,3 +494,82 @@ def gloo_failures(tmp_path_factory: pytest.TempPathFactory) -> Failures:
 @pytest.mark.parametrize("size", [2, 4, 8])
 def test_on_gloo(size: int, check: str, gloo_failures: Failures) -> None:
     assert gloo_failures(size).get(check) is None, gloo_failures(size)[check]
+
+
+@pytest.fixture(scope="module")
+def npu_failures(tmp_path_factory: pytest.TempPathFactory) -> Failures:
+    if find_spec("torch_npu") is None:
+        pytest.skip("torch_npu is not installed")
+    return run_once(tmp_path_factory.mktemp("npu"), run_npu)
+
+
+@pytest.mark.ascend
+@pytest.mark.parametrize("check", ALL)
+@pytest.mark.parametrize("size", NPU_OPTIONS)
+def test_on_emulated_npus(size: int, check: str, npu_failures: Failures) -> None:
+    assert npu_failures(size).get(check) is None, npu_failures(size)[check]
+
+
+# ---- without other ranks
+
+
+@pytest.fixture
+def fake_group() -> Iterator[dist.ProcessGroup]:
+    """Of 8 ranks of which only this one exists: its collectives do nothing."""
+    dist.init_process_group("fake", store=FakeStore(), rank=3, world_size=8)
+    group = dist.group.WORLD
+    assert group is not None
+    yield group
+    dist.destroy_process_group()
+
+
+@pytest.mark.parametrize("dtype", [FP32, BF16])
+@pytest.mark.parametrize("mode", ["reference", "chunked", "auto"])
+def test_a_dry_run_executes_it(mode: str, dtype: torch.dtype, fake_group: dist.ProcessGroup) -> None:
+    """On fake tensors, of the Pangu Ultra 135B's size."""
+    with FakeTensorMode():
+        x = torch.empty(1024, 12288, dtype=dtype, requires_grad=True)
+        weights = [torch.empty(n, 12288, requires_grad=True) for n in (1536, 512)]
+        ys = all_gather_matmul(x, weights, fake_group, mode=mode)
+        assert [(y.shape, y.dtype) for y in ys] == [((8192, 1536), dtype), ((8192, 512), dtype)]
+        weight = torch.empty(12288, 1536, requires_grad=True)
+        y = matmul_reduce_scatter(ys[0] + ys[1].sum(), weight, fake_group, mode=mode)
+        assert (y.shape, y.dtype) == ((1024, 12288), dtype)
+        total = reduce_scatter_rows(copy_to_group(all_gather_rows(y, fake_group), fake_group), fake_group)
+        reduce_from_group(total, fake_group).sum().backward()
+    for leaf in (x, *weights, weight):
+        assert leaf.grad is not None
+        assert (leaf.grad.shape, leaf.grad.dtype) == (leaf.shape, leaf.dtype)
+
+
+def test_auto_says_once_why_it_does_not_overlap(
+    fake_group: dist.ProcessGroup, caplog: pytest.LogCaptureFixture
+) -> None:
+    modes._log_once.cache_clear()
+    with FakeTensorMode(), torch.no_grad():
+        for rows in (8190, 8190, 8189):
+            all_gather_matmul(torch.empty(rows, 4096), [torch.empty(1, 4096)], fake_group)
+    assert [record.message for record in caplog.records] == [
+        f"all_gather_matmul: not overlapped, num_chunks 4 does not divide the {rows} rows of a rank"
+        for rows in (8190, 8189)
+    ]
+
+
+def test_calls_of_cuda_fit_the_operators(fake_group: dist.ProcessGroup) -> None:
+    """All that a machine without a GPU can show: arguments and shapes."""
+    x, full = torch.empty(4, 6, device="meta"), torch.empty(32, 6, device="meta")
+    matrices = [torch.empty(n, 6, device="meta").t() for n in (2, 3)]
+    for keep_gathered in (False, True):
+        products, gathered = cuda.all_gather_matmul(x, matrices, fake_group, keep_gathered)
+        assert [y.shape for y in products] == [(32, 2), (32, 3)]
+        assert gathered.shape == (32, 6) if keep_gathered else gathered is None
+    assert cuda.matmul_reduce_scatter(full, matrices[1], fake_group).shape == (4, 3)
+
+
+def test_symmetric_memory_is_of_one_node(fake_group: dist.ProcessGroup, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 8)
+    assert cuda.limit(torch.ones(2, 4), [4], fake_group) is None
+    assert cuda.limit(torch.ones(0, 4), [4], fake_group) == "x is empty"
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 4)
+    message = cuda.limit(torch.ones(2, 4), [4], fake_group)
+    assert message == "symmetric memory is of one node, which has 4 devices, the group has 8 ranks"

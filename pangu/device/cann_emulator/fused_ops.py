@@ -359,6 +359,16 @@ OPERATORS: dict[str, Callable[..., Any]] = {
 }
 
 
+# ---- aten's operators that no CPU kernel computes
+
+
+def mm_dtype(self: Tensor, mat2: Tensor, out_dtype: torch.dtype) -> Tensor:
+    return self.to(out_dtype) @ mat2.to(out_dtype)
+
+
+ATEN_OPERATORS: dict[str, Callable[..., Any]] = {"mm.dtype": mm_dtype}
+
+
 # ---- MC2: a matmul that communicates by itself
 
 

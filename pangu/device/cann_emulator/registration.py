@@ -12,20 +12,24 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from pangu.device.cann_emulator.fused_ops import OPERATORS, CommunicatingMatmuls
+from pangu.device.cann_emulator.fused_ops import ATEN_OPERATORS, OPERATORS, CommunicatingMatmuls
 
 # Arguments that choose how a device computes and not what, or matter only beside another that is refused.
 _WITHOUT_EFFECT = {"comm_turn", "gen_mask_parallel", "inner_precise", "numels", "offset", "seed", "softmax_in", "sync"}
 _WITHOUT_EFFECT |= {"grad_zloss", "lse_for_zloss"}
 
 
-def register(runtime: ctypes.CDLL, hccl: ctypes.CDLL) -> torch.library.Library:
-    """Replaces the kernels of the operators in fused_ops.py, for as long as the returned object lives."""
-    library = torch.library.Library("npu", "IMPL")
-    for name, numerics in (*OPERATORS.items(), *CommunicatingMatmuls(hccl, runtime).operators().items()):
-        kernel = _with_numerics(f"npu::{name}", numerics, runtime)
-        library.impl(name, kernel, "PrivateUse1", with_keyset=True, allow_override=True)
-    return library
+def register(runtime: ctypes.CDLL, hccl: ctypes.CDLL) -> list[torch.library.Library]:
+    """Replaces the kernels of the operators in fused_ops.py, for as long as the returned objects live."""
+    operators = {"npu": OPERATORS | CommunicatingMatmuls(hccl, runtime).operators(), "aten": ATEN_OPERATORS}
+    libraries = []
+    for namespace, functions in operators.items():
+        library = torch.library.Library(namespace, "IMPL")
+        for name, numerics in functions.items():
+            kernel = _with_numerics(f"{namespace}::{name}", numerics, runtime)
+            library.impl(name, kernel, "PrivateUse1", with_keyset=True, allow_override=True)
+        libraries.append(library)
+    return libraries
 
 
 def _with_numerics(name: str, numerics: Callable[..., Any], runtime: ctypes.CDLL) -> Callable[..., Any]:
