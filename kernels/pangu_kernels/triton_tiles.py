@@ -10,11 +10,13 @@ import triton
 import triton.language as tl
 
 TILE = 2048
+_NARROWEST = 8
+"""Columns of a tile at least: a row of a tile takes 32 bytes of the unified buffer even if it is shorter."""
 
 
 def tile_shape(size: int, rows: int = 1) -> dict[str, int]:
     """The constants of a kernel over rows of `size` numbers: at least `rows` rows together, more if they are short."""
-    columns = min(triton.next_power_of_2(size), TILE // rows)
+    columns = min(max(triton.next_power_of_2(size), _NARROWEST), TILE // rows)
     return {"ROWS": TILE // columns, "COLUMNS": columns}
 
 

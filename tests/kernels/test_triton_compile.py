@@ -42,17 +42,22 @@ KERNELS: list[tuple[str, str, dict[str, Any]]] = [
 ]
 
 
+def signature(kernel: Any, constants: dict[str, Any], dtype: str) -> dict[str, str]:
+    """Triton's name of every argument's type, with tensors of activations in `dtype`."""
+    types = dict.fromkeys(INTEGERS, "i32") | dict.fromkeys(NUMBERS, "fp32") | dict.fromkeys(FP32, "*fp32")
+    types |= {"labels": "*i64", "continues": "*i32"}
+    return {a: "constexpr" if a in constants else types.get(a, f"*{dtype}") for a in kernel.arg_names}
+
+
 def compile_all(dtype: str) -> None:
     from triton import compile
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
 
-    types = dict.fromkeys(INTEGERS, "i32") | dict.fromkeys(NUMBERS, "fp32") | dict.fromkeys(FP32, "*fp32")
-    types |= {"labels": "*i64", "continues": "*i32"}
     for operator, name, constants in KERNELS:
         kernel = getattr(importlib.import_module(f"pangu_kernels.{operator}.triton_kernel"), name)
-        signature = {a: "constexpr" if a in constants else types.get(a, f"*{dtype}") for a in kernel.arg_names}
-        compiled = compile(ASTSource(kernel, signature, constants), target=GPUTarget("cuda", 80, 32))
+        source = ASTSource(kernel, signature(kernel, constants, dtype), constants)
+        compiled = compile(source, target=GPUTarget("cuda", 80, 32))
         assert ".target sm_80" in compiled.asm["ptx"]
         assert compiled.metadata.shared < 48 * 1024, "more than any GPU gives without being asked"
         print(operator, name)
