@@ -13,6 +13,9 @@ forward plus backward, of a tiny operator with two inputs on one 2026 server cor
 
 It keeps devices, fake tensors, torch.compile and activation checkpointing. What it gives up: `torch.ops.pangu.name`
 called by itself has no gradient (PyTorch warns in backward); call the function of `pangu_kernels`.
+
+A Function whose output is cheap to compute again from what its own backward keeps says so: `ctx.recompute` maps the
+output's number to a function of ctx. Whoever runs the model may then drop that output until backward.
 """
 
 from collections.abc import Callable

@@ -1,6 +1,7 @@
 """Sampling from a model: prompts of any lengths at once, as one flat stream per step, with a cache."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -10,6 +11,9 @@ from pangu.model.cache import Cache
 from pangu.model.local_filter import filter_context
 from pangu.model.seeding import generator
 from pangu.model.transformer import Transformer
+
+NextLogits = Callable[[Tensor, Tensor, Tensor, Cache], Tensor]
+"""From new tokens of N sequences, their position_ids, cu_seqlens and a cache: logits `[N, V]` of each one's last."""
 
 
 @torch.no_grad()
@@ -21,18 +25,22 @@ def generate(
     top_p: float = 1.0,
     eod_id: int | None = None,
     seed: int = 0,
+    next_logits: NextLogits | None = None,
 ) -> list[list[int]]:
     """Continue every prompt by up to max_new_tokens tokens; the continuations, without the prompts.
 
     temperature 0 takes the likeliest token; otherwise tokens are drawn from the softmax of logits / temperature,
     restricted to the fewest likeliest ones whose probability reaches top_p. A sequence ends with eod_id, which is kept.
     Sequence i draws from a generator of its own, seeded by (seed, i): its text does not depend on its companions.
+    `next_logits` stands in for the model's own where `model` is only a part of it.
 
     Raises ConfigError for sampling options out of range and DataError for prompts the model cannot read.
     """
     _check(model, prompts, max_new_tokens, temperature, top_p)
     device = next(model.parameters()).device
     capacities = [len(prompt) + max_new_tokens for prompt in prompts]
+    if next_logits is None:
+        next_logits = partial(_next_logits, model)
     cache = Cache(capacities, filter_context(model.config, unbounded=max(capacities, default=0)), device)
     generators = [generator(seed, index) for index in range(len(prompts))]
     outputs: list[list[int]] = [[] for _ in prompts]
@@ -41,9 +49,7 @@ def generate(
     while live:
         position_ids, cu_seqlens = cache.advance(live, [len(tokens) for tokens in pending])
         tokens = torch.tensor([token for tokens in pending for token in tokens], device=device)
-        hidden = model(tokens, position_ids, cu_seqlens, cache)
-        last = cu_seqlens[1:].long() - 1
-        logits = model.logits(hidden[last.to(device)])  # [live, V]
+        logits = next_logits(tokens, position_ids, cu_seqlens, cache)  # [live, V]
         draws = torch.cat([torch.rand(1, generator=generators[index]) for index in live])
         chosen = sample(logits, draws.to(device), temperature, top_p).tolist()
         for index, token in zip(live, chosen, strict=True):
@@ -51,6 +57,16 @@ def generate(
         live = [index for index in live if outputs[index][-1] != eod_id and len(outputs[index]) < max_new_tokens]
         pending = [outputs[index][-1:] for index in live]
     return outputs
+
+
+def logits_of_last_tokens(model: Transformer, hidden: Tensor, cu_seqlens: Tensor) -> Tensor:
+    """`[N, V]` from hidden states `[T, H]` of N sequences' new tokens, with boundaries cu_seqlens `[N+1]`."""
+    last = cu_seqlens[1:].long() - 1
+    return model.logits(hidden[last.to(hidden.device)])
+
+
+def _next_logits(model: Transformer, tokens: Tensor, position_ids: Tensor, cu_seqlens: Tensor, cache: Cache) -> Tensor:
+    return logits_of_last_tokens(model, model(tokens, position_ids, cu_seqlens, cache), cu_seqlens)
 
 
 def sample(logits: Tensor, draws: Tensor, temperature: float, top_p: float) -> Tensor:

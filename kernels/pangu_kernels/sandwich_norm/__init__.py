@@ -8,6 +8,7 @@ from torch import Tensor
 from pangu_kernels.checks import check_operand, check_same_dtype, check_tensor
 from pangu_kernels.precision import accumulation_dtype
 from pangu_kernels.registration import define, implement
+from pangu_kernels.rms_norm import rms_norm
 from pangu_kernels.sandwich_norm import ascend, cpu, reference
 from pangu_kernels.triton_support import triton_or
 
@@ -53,7 +54,16 @@ class _SandwichNorm(torch.autograd.Function):
             post_rstd,
             pre_rstd,
         )
-        return new_residual, None if pre_weight is None else normed
+        if pre_weight is None:
+            return new_residual, None
+        ctx.eps = eps
+        ctx.recompute = {1: _SandwichNorm.normed_again}
+        return new_residual, normed
+
+    @staticmethod
+    def normed_again(ctx: Any) -> Tensor:
+        _, new_residual, _, pre_weight, _, _ = ctx.saved_tensors
+        return rms_norm(new_residual, pre_weight, ctx.eps)
 
     @staticmethod
     def backward(ctx: Any, d_new_residual: Tensor | None, d_normed: Tensor | None) -> tuple[Tensor | None, ...]:

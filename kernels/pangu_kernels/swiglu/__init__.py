@@ -29,7 +29,12 @@ class _SwiGLU(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor) -> Tensor:
         ctx.save_for_backward(x)
+        ctx.recompute = {0: _SwiGLU.again}
         return _forward(x)
+
+    @staticmethod
+    def again(ctx: Any) -> Tensor:
+        return _forward(*ctx.saved_tensors)
 
     @staticmethod
     def backward(ctx: Any, d_y: Tensor) -> Tensor:
