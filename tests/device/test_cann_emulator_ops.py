@@ -226,6 +226,19 @@ def test_attention_over_two_halves_of_the_keys_can_be_merged(npu: ModuleType) ->
         torch.testing.assert_close(a.cpu(), b.cpu())
 
 
+def test_statistics_of_documents_lie_by_head_unless_asked_for_in_the_order_of_the_input(npu: ModuleType) -> None:
+    q, ends, heads = randn(5, 2, 8).npu(), [2, 5], 2
+
+    def largest(**options: str) -> Tensor:
+        arguments = {"scale": 0.3, "actual_seq_qlen": ends, "actual_seq_kvlen": ends}
+        return npu.npu_fusion_attention(q, q, q, heads, "TND", **arguments, **options)[1].cpu()[..., 0]
+
+    by_token, by_head = largest(softmax_layout="TND"), largest()
+    expected = torch.cat([document.T.flatten() for document in by_token.split([2, 3])])
+    assert torch.equal(by_head.flatten(), expected)
+    assert not torch.equal(by_head, by_token)
+
+
 @pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
 def test_cross_entropy(emulator: Emulator, npu: ModuleType, reduction: str) -> None:
     labels = torch.tensor([1, 2, -100, 3, 4, 0])
@@ -295,6 +308,25 @@ def test_what_the_numerics_do_not_cover_is_an_error(npu: ModuleType) -> None:
             lambda npu, x: npu.npu_fusion_attention(x, x, x, 2, "TND", actual_seq_qlen=[3], actual_seq_kvlen=[3]),
             r"the last of actual_seq_len, \[3\], is not 4",
         ),
+        (
+            lambda npu, x: npu.npu_fusion_attention(x, x, x, 2, "TND", actual_seq_qlen=[1, 4], actual_seq_kvlen=[0, 4]),
+            "a sequence has queries and no keys",
+        ),
+        (
+            lambda npu, x: npu.npu_fusion_attention(
+                *[x.repeat(1, 1, 97)] * 3, 2, "TND", actual_seq_qlen=[4], actual_seq_kvlen=[4]
+            ),
+            "head dimension 776 is over 768",
+        ),
+        (
+            lambda npu, x: npu.npu_fusion_attention(
+                *[x.repeat(1, 129, 1)] * 3, 258, "TND", actual_seq_qlen=[4], actual_seq_kvlen=[4]
+            ),
+            "258 heads are over 256",
+        ),
+        (lambda npu, x: npu.npu_rms_norm(x, x[0, 0].half()), "gamma is neither fp32 nor of the input's dtype"),
+        (lambda npu, x: npu.npu_add_rms_norm(x.half(), x.half(), x[0, 0]), "x1, x2 and gamma differ in dtype"),
+        (lambda npu, x: npu.npu_add_rms_norm(x[:0], x[:0], x[0, 0]), "an empty tensor"),
     ],
 )
 def test_documented_limits_that_host_code_lets_through(
