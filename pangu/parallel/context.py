@@ -388,4 +388,4 @@ def _index(rows: Integers, device: torch.device) -> Tensor:
 
 
 def _boundaries(cu_seqlens: Integers) -> Tensor:
-    return torch.tensor(cu_seqlens, dtype=torch.int32)
+    return torch.tensor(cu_seqlens, dtype=torch.int32, device="cpu")

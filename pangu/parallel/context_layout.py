@@ -127,10 +127,10 @@ def shard_batch(batch: Batch, rank: int, size: int) -> Batch:
     rows = torch.tensor(partition(batch.cu_seqlens, size).rows[rank], device=batch.tokens.device)
     return replace(
         batch,
-        tokens=batch.tokens[rows],
-        labels=batch.labels[rows],
-        position_ids=batch.position_ids[rows],
-        loss_weights=None if batch.loss_weights is None else batch.loss_weights[rows],
+        tokens=batch.tokens.index_select(0, rows),
+        labels=batch.labels.index_select(0, rows),
+        position_ids=batch.position_ids.index_select(0, rows),
+        loss_weights=None if batch.loss_weights is None else batch.loss_weights.index_select(0, rows),
     )
 
 

@@ -35,6 +35,7 @@ def rows_by_the_rule(cut: Partition, rank: int) -> list[int]:
     return rows
 
 
+@settings(deadline=None)
 @given(documents())
 def test_every_rank_gets_exactly_its_share_of_the_tokens(case: tuple[list[int], int]) -> None:
     lengths, size = case
@@ -47,6 +48,7 @@ def test_every_rank_gets_exactly_its_share_of_the_tokens(case: tuple[list[int], 
     assert ends.tolist() == list(range(sum(lengths)))
 
 
+@settings(deadline=None)
 @given(documents())
 def test_pieces_cover_their_document_and_differ_by_at_most_one_token(case: tuple[list[int], int]) -> None:
     lengths, size = case
@@ -59,6 +61,7 @@ def test_pieces_cover_their_document_and_differ_by_at_most_one_token(case: tuple
     assert (sizes.max(1) - sizes.min(1)).max() <= 1
 
 
+@settings(deadline=None)
 @given(documents())
 def test_work_is_counted_pair_by_pair(case: tuple[list[int], int]) -> None:
     lengths, size = case
@@ -81,6 +84,7 @@ def test_the_rule_in_numbers() -> None:
     assert cut.rows.tolist() == [[0, 1, 2, 8, 9, 10, 12], [3, 4, 5, 6, 7, 11, 13]]
 
 
+@settings(deadline=None)
 @given(documents())
 def test_fronts_and_backs_are_rows_of_the_local_stream(case: tuple[list[int], int]) -> None:
     lengths, size = case
@@ -93,6 +97,7 @@ def test_fronts_and_backs_are_rows_of_the_local_stream(case: tuple[list[int], in
             assert rows.cu_seqlens.tolist() == [0, *accumulate(map(len, wanted))]
 
 
+@settings(deadline=None)
 @given(documents())
 def test_queries_of_a_piece_see_their_document_up_to_its_end(case: tuple[list[int], int]) -> None:
     lengths, size = case
@@ -108,8 +113,8 @@ def test_queries_of_a_piece_see_their_document_up_to_its_end(case: tuple[list[in
             assert seen == list(range(document, last + 1))
 
 
-@given(documents(), st.integers(1, 5))
 @settings(deadline=None)
+@given(documents(), st.integers(1, 5))
 def test_the_halo_brings_exactly_the_rows_before_each_piece(case: tuple[list[int], int], context: int) -> None:
     lengths, size = case
     cut = partition(boundaries_of(lengths), size)

@@ -1,5 +1,6 @@
 """A world of gloo processes that tests share: starting one takes seconds, a check in it takes milliseconds."""
 
+import os
 import tempfile
 import traceback
 from collections.abc import Callable
@@ -105,6 +106,7 @@ def _serve(rank: int, size: int, timeout: float, store: str, pipe: Connection) -
             _destroy_groups()
             pipe.send((False, traceback.format_exc()))
     _destroy_groups()
+    os._exit(0)  # taking the interpreter and torch down takes seconds
 
 
 def _destroy_groups() -> None:
