@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 import test_adamw
 import test_attention
+import test_bad_inputs
 import torch
 from operator_cases import Case, Maker, boundaries, cases
 from pangu_kernels import adamw, ascend_support, attention, linear_cross_entropy, rms_norm, rope, swiglu
@@ -292,3 +293,22 @@ def test_fp64(said: Callable[[], list[str]]) -> None:
 def check_said(said: Callable[[], list[str]], message: str) -> None:
     (said_once,) = said()
     assert said_once.startswith(message)
+
+
+# ---- bad input
+
+
+@pytest.mark.parametrize("name", [name for name in test_bad_inputs.BAD if name not in ("loss range", "loss negative")])
+def test_bad_input_is_refused_before_the_device_is_touched(
+    name: str, monkeypatch: pytest.MonkeyPatch, emulator: Emulator
+) -> None:
+    """As on the CPU, but for labels out of range: to look at them an NPU would have to stop."""
+    for constant in ("X", "HEADS", "GAIN", "LABELS"):
+        monkeypatch.setattr(test_bad_inputs, constant, getattr(test_bad_inputs, constant).to(NPU))
+    monkeypatch.setattr(test_bad_inputs, "FILTER", tuple(weight.to(NPU) for weight in test_bad_inputs.FILTER))
+    call, error, message = test_bad_inputs.BAD[name]
+    on_npu = message.replace("on cpu", "on (npu:0|cpu)")
+    with emulator.record() as calls, pytest.raises(error, match=on_npu):
+        call()
+    making_arguments = {"aclnnInplaceCopy", "aclnnInplaceZero", "aclnnAdds", "aclnnCast"}
+    assert {call.name for call in calls} <= making_arguments

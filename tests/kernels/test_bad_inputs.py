@@ -15,6 +15,7 @@ from pangu_kernels import (
     sandwich_norm,
     swiglu,
 )
+from torch import Tensor
 
 X = torch.randn(4, 6)
 HEADS = torch.randn(4, 2, 6)
@@ -25,16 +26,14 @@ FILTER = (torch.randn(3, 6, 2), torch.randn(3), torch.randn(6, 3, 2), torch.rand
 STEP = {"lr": 0.1, "beta1": 0.9, "beta2": 0.95, "eps": 1e-8, "weight_decay": 0.1}
 
 
-def attend(
-    q: Any = HEADS, k: Any = HEADS, v: Any = HEADS, starts_q: Any = DOCUMENTS, starts_k: Any = DOCUMENTS
-) -> None:
+def attend(q: Any = None, k: Any = None, v: Any = None, starts_q: Any = DOCUMENTS, starts_k: Any = DOCUMENTS) -> None:
+    q, k, v = (HEADS if x is None else x for x in (q, k, v))
     attention(q, k, v, starts_q, starts_k, 1.0)
 
 
-def update(params: Any, grads: Any, step: int = 1) -> None:
-    adamw(
-        params, grads, [torch.zeros_like(p) for p in params], [torch.zeros_like(p) for p in params], step=step, **STEP
-    )
+def update(params: Any, grads: Any, step: int = 1, grad_scale: Any = 1.0) -> None:
+    moments = [torch.zeros_like(p) for p in params if isinstance(p, Tensor)]
+    adamw(params, grads, moments, moments, step=step, grad_scale=grad_scale, **STEP)
 
 
 BAD = {
@@ -43,6 +42,21 @@ BAD = {
     "rms_norm gain": (lambda: rms_norm(X, GAIN[:5], 1e-5), ValueError, r"weight must have shape \[6\].*float32 \[5\]"),
     "rms_norm device": (lambda: rms_norm(X, GAIN.to("meta"), 1e-5), ValueError, "weight must be on cpu.* on meta"),
     "rms_norm strides": (lambda: rms_norm(X.T, GAIN[:4], 1e-5), ValueError, r"x must be contiguous.*\(1, 6\)"),
+    "rms_norm rank": (
+        lambda: rms_norm(X[0, 0], GAIN, 1e-5),
+        ValueError,
+        r"rms_norm: x must have at least one dimension, got float32 \[\] on cpu",
+    ),
+    "sandwich_norm device": (
+        lambda: sandwich_norm(X, X.to("meta"), GAIN, GAIN, 1e-5),
+        ValueError,
+        r"sandwich_norm: y must be on cpu, got float32 \[4, 6\] on meta",
+    ),
+    "sandwich_norm strides": (
+        lambda: sandwich_norm(X.T, X.T, GAIN[:4], GAIN[:4], 1e-5),
+        ValueError,
+        "sandwich_norm: residual must be contiguous",
+    ),
     "sandwich_norm rank": (
         lambda: sandwich_norm(HEADS, HEADS, GAIN, GAIN, 1e-5),
         ValueError,
@@ -60,6 +74,13 @@ BAD = {
         "post_weight must have shape",
     ),
     "sandwich_norm pre": (lambda: sandwich_norm(X, X, GAIN, GAIN[:5], 1e-5), ValueError, "pre_weight must have shape"),
+    "rope rank": (lambda: rope(X, X, X), ValueError, r"rope: x must have 3 dimensions, got float32 \[4, 6\]"),
+    "rope dtype": (
+        lambda: rope(HEADS, LABELS, LABELS),
+        TypeError,
+        "rope: cos must be fp32, bf16, fp16 or fp64, got int64",
+    ),
+    "rope device": (lambda: rope(HEADS, X, X.to("meta")), ValueError, "rope: sin must be on cpu"),
     "rope odd": (lambda: rope(HEADS[..., :5], X, X), ValueError, "rope: the last dimension of x must be even, got 5"),
     "rope cos": (lambda: rope(HEADS, X[:3], X), ValueError, r"rope: cos must have shape \[4, 6\]"),
     "rope sin": (lambda: rope(HEADS, X, X[:, :4].clone()), ValueError, r"rope: sin must have shape \[4, 6\]"),
@@ -70,6 +91,25 @@ BAD = {
         "swiglu: the last dimension of x must be even, got 5",
     ),
     "swiglu rank": (lambda: swiglu(GAIN), ValueError, "swiglu: x must have 2 dimensions"),
+    "swiglu dtype": (lambda: swiglu(LABELS), TypeError, "swiglu: x must be fp32, bf16, fp16 or fp64, got int64"),
+    "swiglu strides": (lambda: swiglu(X.T), ValueError, "swiglu: x must be contiguous"),
+    "attention head_dim limit": (
+        lambda: attend(*[torch.zeros(4, 1, 1025)] * 3),
+        ValueError,
+        "attention: the last dimension of q must be at most 1024, got 1025",
+    ),
+    "attention document limit": (
+        lambda: attend(starts_q=torch.zeros(65_537, dtype=torch.int32)),
+        ValueError,
+        "attention: cu_seqlens_q must hold at most 65535 documents, got 65536",
+    ),
+    "attention rank": (lambda: attend(q=X), ValueError, r"attention: q must have 3 dimensions, got float32 \[4, 6\]"),
+    "attention strides": (
+        lambda: attend(v=HEADS.mT.contiguous().mT),
+        ValueError,
+        "the last dimension of v must be cont",
+    ),
+    "attention tensor device": (lambda: attend(k=HEADS.to("meta")), ValueError, "attention: k must be on cpu"),
     "attention heads": (
         lambda: attend(q=torch.randn(4, 3, 6)),
         ValueError,
@@ -102,6 +142,23 @@ BAD = {
         ValueError,
         "with causal=True a document may not have more queries than keys, got 3 and 2 from row 1 of q on",
     ),
+    "loss no tensor": (lambda: linear_cross_entropy(X, X, [0] * 4), TypeError, "labels must be a tensor, got list"),
+    "loss rank": (
+        lambda: linear_cross_entropy(HEADS, X, LABELS),
+        ValueError,
+        "linear_cross_entropy: x must have 2 dim",
+    ),
+    "loss device": (lambda: linear_cross_entropy(X, X.to("meta"), LABELS), ValueError, "weight must be on cpu"),
+    "loss label device": (
+        lambda: linear_cross_entropy(X, X, LABELS.to("meta")),
+        ValueError,
+        r"labels must be \[4\] on cpu",
+    ),
+    "loss strides": (
+        lambda: linear_cross_entropy(X, X.T.contiguous().T, LABELS),
+        ValueError,
+        "weight must be contiguous",
+    ),
     "loss labels": (
         lambda: linear_cross_entropy(X, X, LABELS.int()),
         TypeError,
@@ -128,12 +185,33 @@ BAD = {
     "local_filter weight": (
         lambda: local_filter(X, FILTER[2], *FILTER[1:], DOCUMENTS),
         ValueError,
-        r"local_filter: weight1 must have shape \[3, 6, 2\]",
+        r"local_filter: weight1 must have shape \[6, 6, 2\]",
+    ),
+    "local_filter dtype": (lambda: local_filter(LABELS, *FILTER, DOCUMENTS), TypeError, "local_filter: x must be fp32"),
+    "local_filter rank": (
+        lambda: local_filter(HEADS, *FILTER, DOCUMENTS),
+        ValueError,
+        "local_filter: x must have 2 dim",
+    ),
+    "local_filter device": (
+        lambda: local_filter(X, *FILTER[:3], FILTER[3].to("meta"), DOCUMENTS),
+        ValueError,
+        "local_filter: bias2 must be on cpu",
     ),
     "local_filter bounds": (
         lambda: local_filter(X, *FILTER, boundaries(5)),
         ValueError,
         "local_filter: cu_seqlens must rise from 0 to the number of tokens 4",
+    ),
+    "adamw no tensor": (lambda: update([1.0], []), TypeError, "adamw: params must be a tensor, got float"),
+    "adamw integers": (lambda: update([LABELS], [LABELS]), TypeError, "adamw: params must be fp32, bf16, fp16 or fp64"),
+    "adamw strides": (lambda: update([X.T], [X.T]), ValueError, "adamw: params must be contiguous"),
+    "adamw device": (lambda: update([X], [X.to("meta")]), ValueError, "adamw: grads must be on cpu"),
+    "adamw scale": (lambda: update([X], [X], grad_scale=GAIN), ValueError, r"adamw: grad_scale must have shape \[\]"),
+    "adamw scale device": (
+        lambda: update([X], [X], grad_scale=torch.ones((), device="meta")),
+        ValueError,
+        "adamw: grad_scale must be on cpu",
     ),
     "adamw step": (lambda: update([X], [X], step=0), ValueError, "adamw: step counts from 1, got 0"),
     "adamw lists": (lambda: update([X], []), ValueError, "adamw: grads must hold as many tensors as params, 1, got 0"),

@@ -34,7 +34,7 @@ def adamw(
 
     Raises TypeError or ValueError for lists, tensors or numbers that do not fit.
     """
-    _check(params, grads, exp_avgs, exp_avg_sqs, step)
+    _check(params, grads, exp_avgs, exp_avg_sqs, step, grad_scale)
     if not params:
         return
     if isinstance(grad_scale, Tensor):
@@ -51,17 +51,20 @@ def _check(
     exp_avgs: Sequence[Tensor],
     exp_avg_sqs: Sequence[Tensor],
     step: int,
+    grad_scale: float | Tensor,
 ) -> None:
     if step < 1:
         raise ValueError(f"adamw: step counts from 1, got {step}")
+    for param in params:
+        check_tensor("adamw", "params", param)
     for name, tensors in (("grads", grads), ("exp_avgs", exp_avgs), ("exp_avg_sqs", exp_avg_sqs)):
         if len(tensors) != len(params):
             raise ValueError(f"adamw: {name} must hold as many tensors as params, {len(params)}, got {len(tensors)}")
         for param, tensor in zip(params, tensors, strict=True):
             check_operand("adamw", name, tensor, param.shape, param)
             check_same_dtype("adamw", name, tensor, param)
-    for param in params:
-        check_tensor("adamw", "params", param)
+    if isinstance(grad_scale, Tensor) and params:
+        check_operand("adamw", "grad_scale", grad_scale, (), params[0])
 
 
 def _fake(*_: object) -> None:

@@ -39,6 +39,8 @@ def _check(x: Tensor, weight: Tensor, labels: Tensor, loss_weights: Tensor | Non
     check_tensor("linear_cross_entropy", "x", x, 2)
     check_tensor("linear_cross_entropy", "weight", weight, 2)
     check_operand("linear_cross_entropy", "weight", weight, (len(weight), x.shape[1]), x)
+    if not isinstance(labels, Tensor):
+        raise TypeError(f"linear_cross_entropy: labels must be a tensor, got {type(labels).__name__}")
     if labels.dtype != torch.int64:
         raise TypeError(f"linear_cross_entropy: labels must be int64, got {describe(labels)}")
     if labels.shape != x.shape[:1] or labels.device != x.device:

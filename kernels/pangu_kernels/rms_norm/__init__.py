@@ -5,7 +5,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from pangu_kernels.checks import check_operand, check_tensor
+from pangu_kernels.checks import check_operand, check_tensor, describe
 from pangu_kernels.precision import accumulation_dtype
 from pangu_kernels.registration import define, implement
 from pangu_kernels.rms_norm import ascend, cpu, reference
@@ -21,6 +21,8 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     Raises TypeError for a dtype that is not floating point, ValueError for a shape, device or stride that does not fit.
     """
     check_tensor("rms_norm", "x", x)
+    if not x.dim():
+        raise ValueError(f"rms_norm: x must have at least one dimension, got {describe(x)}")
     check_operand("rms_norm", "weight", weight, x.shape[-1:], x)
     if torch.is_grad_enabled():
         return _RMSNorm.apply(x, weight, eps)
