@@ -39,19 +39,21 @@ class Source(Protocol):
 
 
 class Loader:
-    """The share of data-parallel rank `dp_rank` of `dp_size`.
+    """The share of data-parallel rank `dp_rank` of `dp_size`, from `first_step` on.
 
     validation_domains: names that `validation` takes.
 
     Raises `DataError` when the datasets do not fit the config, `ConfigError` when a batch cannot be dealt evenly.
     """
 
-    def __init__(self, config: Config, schedule: Schedule, dp_rank: int = 0, dp_size: int = 1) -> None:
+    def __init__(
+        self, config: Config, schedule: Schedule, dp_rank: int = 0, dp_size: int = 1, first_step: int = 0
+    ) -> None:
         self.config = config
         self.schedule = schedule
         self.dp_rank = dp_rank
         self.dp_size = dp_size
-        _check_batch_sizes(config, dp_size)
+        _check_batch_sizes(config, schedule, dp_size, first_step)
         self._source: Source
         if config.data.synthetic:
             self._source = SyntheticSource(config.model.vocab_size, config.train.seed)
@@ -163,12 +165,11 @@ class Prefetcher:
             self._queue.put(error)
 
 
-def _check_batch_sizes(config: Config, dp_size: int) -> None:
+def _check_batch_sizes(config: Config, schedule: Schedule, dp_size: int, first_step: int) -> None:
     unit = config.train.micro_batch_size * dp_size
-    for phase in config.phases:
-        for batch_size in (phase.batch_size, *(step.batch_size for step in phase.batch_size_ramp)):
-            if batch_size % unit:
-                raise ConfigError(
-                    f"phase {phase.name!r}: batch_size {batch_size} is not a multiple of {unit}, which is "
-                    f"train.micro_batch_size {config.train.micro_batch_size} x {dp_size} data-parallel ranks"
-                )
+    for stretch in schedule.stretches(first_step):
+        if stretch.batch_size % unit:
+            raise ConfigError(
+                f"phase {stretch.phase.name!r}: batch_size {stretch.batch_size} is not a multiple of {unit}, which is "
+                f"train.micro_batch_size {config.train.micro_batch_size} x {dp_size} data-parallel ranks"
+            )

@@ -88,6 +88,12 @@ class Schedule:
             raise ValueError(f"step {step} is outside the run's {self.total_steps} steps")
         return self._at(step)
 
+    def stretches(self, first_step: int = 0) -> list[Position]:
+        """The stretches of equal batch size that a run from `first_step` on passes through, by their first steps."""
+        ends = [*self._first_steps[1:], self.total_steps]
+        passed = zip(self._segments, ends, strict=True)
+        return [start for start, end in passed if start.step < self.total_steps and end > first_step]
+
     def learning_rate(self, position: Position) -> float:
         """The rate of the step at `position`; see the module's docstring for the curve."""
         phase = position.phase

@@ -11,6 +11,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 from pangu.config import Config, ModelConfig, ParallelConfig
+from pangu.data.schedule import Schedule
 from pangu.errors import ConfigError
 from pangu.model.count import layer_parameters
 
@@ -106,8 +107,11 @@ class Layout:
         return lines
 
 
-def make_layout(config: Config, world_size: int) -> Layout:
-    """The layout of `config` on `world_size` ranks. Raises `ConfigError` with the arithmetic of what does not fit."""
+def make_layout(config: Config, world_size: int, first_step: int = 0) -> Layout:
+    """The layout of `config` on `world_size` ranks, for its steps from `first_step` on: a run may go on in another.
+
+    Raises `ConfigError` with the arithmetic of what does not fit.
+    """
     parallel = config.parallel
     dp_shard = parallel.dp_shard or _remaining_ranks(parallel, world_size)
     sizes = {**{name: getattr(parallel, name) for name in DIMENSIONS}, "dp_shard": dp_shard}
@@ -125,7 +129,7 @@ def make_layout(config: Config, world_size: int) -> Layout:
         v_shaped=parallel.pipeline_schedule in V_SHAPED,
         devices_per_node=parallel.devices_per_node,
     )
-    _check_data(config, layout)
+    _check_data(config, layout, first_step)
     _check_nodes(parallel, layout)
     return layout
 
@@ -207,17 +211,17 @@ def _check_pipeline(config: Config, parallel: ParallelConfig) -> None:
         )
 
 
-def _check_data(config: Config, layout: Layout) -> None:
+def _check_data(config: Config, layout: Layout, first_step: int) -> None:
     micro_batch = config.train.micro_batch_size
-    for index, phase in enumerate(config.phases):
-        where = f"phases.{index}.sequence_length {phase.sequence_length} x train.micro_batch_size {micro_batch}"
-        tokens = phase.sequence_length * micro_batch
-        shards = layout.cp * (layout.tp if config.parallel.sequence_parallel else 1)
-        _check_divisible(f"{where} =", tokens, "parallel.cp x tp", shards)
-        for batch_size in (phase.batch_size, *(step.batch_size for step in phase.batch_size_ramp)):
-            name = f"phases.{index}.batch_size"
-            _check_divisible(name, batch_size, "train.micro_batch_size x data-parallel ranks", micro_batch * layout.dp)
-            _check_micro_batches(config, layout, name, batch_size)
+    shards = layout.cp * (layout.tp if config.parallel.sequence_parallel else 1)
+    for stretch in Schedule(config).stretches(first_step):
+        phase = f"phases.{stretch.phase_index}"
+        length = stretch.sequence_length
+        where = f"{phase}.sequence_length {length} x train.micro_batch_size {micro_batch} ="
+        _check_divisible(where, length * micro_batch, "parallel.cp x tp", shards)
+        name, unit = f"{phase}.batch_size", micro_batch * layout.dp
+        _check_divisible(name, stretch.batch_size, "train.micro_batch_size x data-parallel ranks", unit)
+        _check_micro_batches(config, layout, name, stretch.batch_size)
 
 
 def _check_micro_batches(config: Config, layout: Layout, name: str, batch_size: int) -> None:

@@ -1,4 +1,4 @@
-"""AdamW over named parameters, and the global gradient norm."""
+"""AdamW over named parameters, and gradient clipping."""
 
 from collections.abc import Iterable
 
@@ -7,12 +7,14 @@ from pangu_kernels import adamw
 from torch import Tensor, nn
 
 from pangu.config import OptimizerConfig
+from pangu.model.local import local
 
 
 class AdamW:
     """Decoupled-decay Adam (Loshchilov and Hutter) whose state is kept by parameter name, as checkpoints need it.
 
-    Matrices decay; biases never do; norm gains do when `config.decay_norm_gains`. Parameters and moments are fp32.
+    Matrices decay; biases never do; norm gains do when `config.decay_norm_gains`. Parameters and moments are fp32. Of a
+    distributed parameter this process updates its shard, with moments that are sharded alike.
     """
 
     def __init__(self, named_parameters: Iterable[tuple[str, nn.Parameter]], config: OptimizerConfig) -> None:
@@ -27,10 +29,10 @@ class AdamW:
         beta1, beta2 = self.config.betas
         for names, weight_decay in self._decay_of_names:
             adamw(
-                [self.parameters[name] for name in names],
+                [local(self.parameters[name]) for name in names],
                 [_gradient(name, self.parameters[name]) for name in names],
-                [self.exp_avg[name] for name in names],
-                [self.exp_avg_sq[name] for name in names],
+                [local(self.exp_avg[name]) for name in names],
+                [local(self.exp_avg_sq[name]) for name in names],
                 step=update,
                 lr=learning_rate,
                 beta1=beta1,
@@ -59,11 +61,6 @@ class AdamW:
         return self.config.decay_norm_gains or not name.endswith("norm.weight")
 
 
-def gradient_norm(parameters: Iterable[nn.Parameter]) -> Tensor:
-    """The 2-norm of all gradients together, a 0-dimensional fp32 tensor."""
-    return torch.nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])
-
-
 def clip_scale(norm: Tensor, clip_norm: float) -> Tensor | None:
     """What to multiply gradients by so that their norm does not pass `clip_norm`; None when clipping is off."""
     return torch.clamp(clip_norm / (norm + 1e-6), max=1.0) if clip_norm else None
@@ -72,4 +69,4 @@ def clip_scale(norm: Tensor, clip_norm: float) -> Tensor | None:
 def _gradient(name: str, parameter: nn.Parameter) -> Tensor:
     if parameter.grad is None:
         raise RuntimeError(f"{name} has no gradient; it takes no part in the forward pass")
-    return parameter.grad
+    return local(parameter.grad)

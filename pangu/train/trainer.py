@@ -2,17 +2,14 @@
 
 import math
 import signal
-import threading
-import time
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import closing, contextmanager
+from collections.abc import Sequence
+from contextlib import ExitStack
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from types import FrameType
 from typing import Any
 
 import torch
-from torch import Tensor
+import torch.distributed as dist
 
 from pangu import __version__, device
 from pangu import config as configuration
@@ -23,48 +20,49 @@ from pangu.data.schedule import Position, Schedule
 from pangu.device import environment
 from pangu.errors import ConfigError, TrainingError
 from pangu.files import write_atomically
-from pangu.model import Transformer, init_weights
-from pangu.model.count import flops_per_token, num_parameters
-from pangu.train.checkpoint import Checkpointer
-from pangu.train.console import Console
-from pangu.train.events import Event, EventLog, tensorboard
-from pangu.train.optimizer import AdamW, clip_scale, gradient_norm
+from pangu.model.count import num_parameters
+from pangu.parallel.layout import Layout, make_layout
+from pangu.parallel.mesh import connect, environment_rank
+from pangu.parallel.model import ParallelModel
+from pangu.train.checkpoint import Checkpointer, complete_steps
+from pangu.train.meter import Meter
+from pangu.train.optimizer import AdamW, clip_scale
+from pangu.train.report import Report
 from pangu.train.run import CHECKPOINTS, CONFIG, TOKENIZER
+from pangu.train.signals import stop_signals
 from pangu.train.spikes import SpikeDetector
 from pangu.train.statistics import LayerStatistics
-
-_DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
 
 def train(config: Config, output: Path, *, resume: bool = False) -> bool:
     """Train `config` into the folder `output`; with `resume`, go on from its newest complete checkpoint if it has one.
 
+    Started by torchrun or `pangu launch`, this process is one rank of the layout that config.parallel describes;
+    `output` must be the same folder for all of them.
     SIGINT and SIGTERM end the run after the step in progress, with a checkpoint. Returns whether the schedule's end was
     reached. Raises `ConfigError`, `DataError` and `DeviceError` before anything is allocated or written, later
     `CheckpointError` and `TrainingError`.
     """
-    if not resume and any((output / CHECKPOINTS).glob("step_*")):
+    rank, world_size, local_rank = environment_rank()
+    existing = complete_steps(output / CHECKPOINTS)
+    if existing and not resume:
         raise ConfigError(f"{output} already holds a run; add --resume to go on with it, or choose another --output")
+    first_step = existing[-1] if existing else 0
+    layout = make_layout(config, world_size, first_step)
     if device.resolve(config.train.device) == "npu":
         environment.apply(config)
-    target = device.select(config.train.device)
+    target = device.select(config.train.device, local_rank)
     schedule = Schedule(config)
-    loader = Loader(config, schedule)
-    with Checkpointer(output / CHECKPOINTS, config.checkpoint) as checkpointer:
-        trainer = Trainer(config, output, target, schedule, loader, checkpointer)
+    loader = Loader(config, schedule, layout.dp_rank(rank), layout.dp, first_step)
+    with ExitStack() as stack:
+        if world_size > 1:
+            connect(target, config.parallel)
+            stack.callback(dist.destroy_process_group)
+        checkpointer = stack.enter_context(Checkpointer(output / CHECKPOINTS, config.checkpoint))
+        trainer = Trainer(config, output, target, schedule, loader, checkpointer, layout)
         if resume:
             trainer.restore()
         return trainer.run()
-
-
-def build_model(config: Config, target: torch.device) -> Transformer:
-    """The model of `config` on `target`, initialized from train.seed."""
-    with torch.device("meta"):
-        model = Transformer(config.model)
-    model.to_empty(device=target)
-    init_weights(model, config.train.seed)
-    model.compute_dtype = _DTYPES[config.train.dtype]
-    return model
 
 
 @dataclass
@@ -75,24 +73,6 @@ class Counters:
     updates: int = 0
     skipped_steps: int = 0
     skipped_in_a_row: int = 0
-
-
-class Clock:
-    """Wall-clock seconds of the last step, from the end of the one before, and of the mean step."""
-
-    def __init__(self) -> None:
-        self.started = self.last = time.perf_counter()
-        self.seconds = 0.0
-        self.steps = 0
-
-    def tick(self) -> None:
-        now = time.perf_counter()
-        self.seconds, self.last = now - self.last, now
-        self.steps += 1
-
-    @property
-    def mean_seconds(self) -> float:
-        return (self.last - self.started) / self.steps
 
 
 @dataclass(frozen=True)
@@ -107,7 +87,10 @@ class StepResult:
 
 
 class Trainer:
-    """Owns model, optimizer and counters; `run` takes steps until the schedule ends or a signal arrives."""
+    """Owns model, optimizer and counters; `run` takes steps until the schedule ends or a signal arrives.
+
+    Every rank has one, and all of them take the same decisions; rank 0 alone writes events and talks to the console.
+    """
 
     def __init__(
         self,
@@ -117,6 +100,7 @@ class Trainer:
         schedule: Schedule,
         loader: Loader,
         checkpointer: Checkpointer,
+        layout: Layout,
     ) -> None:
         self.config = config
         self.output = output
@@ -128,51 +112,46 @@ class Trainer:
         self.spikes = SpikeDetector(config.metrics.spike_window, config.metrics.spike_deviations)
         torch.use_deterministic_algorithms(config.train.deterministic)
         torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]  # nothing reads it
-        self.model = build_model(config, target)
-        self.optimizer = AdamW(self.model.named_parameters(), config.optimizer)
-        self.statistics = LayerStatistics(self.model)
-        self.peak_flops, self.peak_source = (
-            (config.metrics.peak_flops, "metrics.peak_flops")
-            if config.metrics.peak_flops
-            else device.peak_flops(target)
-        )
+        self.model = ParallelModel(config, layout, target)
+        self.optimizer = AdamW(self.model.parameters.items(), config.optimizer)
+        self.statistics = LayerStatistics(self.model.parts, self.model.gather)
+        self.meter = Meter(config, schedule, self.model)
 
     def run(self) -> bool:
         """Train to the schedule's end; False when a signal stopped it before."""
-        self._write_run_files()
         total_steps, first_step = self.schedule.total_steps, self.counters.step
-        console = Console(total_steps, self.config.metrics.console_interval)
-        console.header(self._describe())
-        subscribers: list[Callable[[Event], None]] = [console]
-        if self.config.metrics.tensorboard:
-            subscribers.append(tensorboard(self.output / "tensorboard", first_step))
+        if self.speaks:
+            self._write_run_files()
         with (
-            closing(EventLog(self.output, first_step, subscribers)) as log,
+            Report(self.output, self.config.metrics, first_step, total_steps, speaks=self.speaks) as report,
             self.loader.prefetch(first_step) as prefetcher,
-            _stop_signals() as received,
+            stop_signals() as received,
         ):
-            clock = Clock()
-            interval = self.config.train.validation_interval
-            for step in range(first_step, total_steps):
-                position = self.schedule.at(step)
-                result = self.step(position, list(prefetcher.batches(step)))
-                clock.tick()
-                log.write("step", self.counters.step, **self._measurements(position, result, clock))
+            report.header(self._describe())
+            self.meter.restart()
+            stopping = False
+            while self.counters.step < total_steps and not stopping:
+                position = self.schedule.at(self.counters.step)
+                result = self.step(position, list(prefetcher.batches(position.step)))
+                report.write("step", self.counters.step, **self._measurements(position, result))
                 if result.statistics:
-                    log.write("statistics", self.counters.step, **result.statistics)
-                last = self.counters.step == total_steps
-                if self._reached(interval) or (last and interval):
-                    log.write("validation", self.counters.step, losses=self.validate(position))
-                if self._reached(self.config.checkpoint.interval) or last or received:
-                    self.save()
-                self.checkpointer.check()
-                self._stop_if_stuck()
-                if received:
-                    break
+                    report.write("statistics", self.counters.step, **result.statistics)
+                stopping = self.model.any_rank(bool(received))
+                self._after_step(position, report, last=self.counters.step == total_steps, stopping=stopping)
             self.checkpointer.wait()
-        if received:
-            console.line(self._farewell(received[0]))
+            if stopping:
+                report.line(self._farewell(received))
         return self.counters.step == total_steps
+
+    def _after_step(self, position: Position, report: Report, *, last: bool, stopping: bool) -> None:
+        """What is not done at every step: validation and saving."""
+        interval = self.config.train.validation_interval
+        if self._reached(interval) or (last and interval):
+            report.write("validation", self.counters.step, losses=self.validate(position))
+        if self._reached(self.config.checkpoint.interval) or last or stopping:
+            self.save()
+        self.checkpointer.check()
+        self._stop_if_stuck()
 
     def step(self, position: Position, batches: Sequence[Batch]) -> StepResult:
         """One optimizer step over `batches`, skipped when the loss or the gradient is not finite.
@@ -182,8 +161,8 @@ class Trainer:
         self.model.rope_base = position.phase.rope_base or self.config.model.rope_base
         interval = self.config.metrics.statistics_interval
         with self.statistics.record((position.step + 1) % interval == 0 if interval else False) as statistics:
-            loss = self._accumulate_gradients(batches)
-        norm = gradient_norm(self.model.parameters())
+            part = self.model.forward_backward(batches, self.model.count_labels(batches))
+        loss, norm = self.model.loss_and_gradient_norm(part)
         result = StepResult(loss.item(), norm.item(), statistics.result())
         self.counters.step += 1
         if result.finite:
@@ -200,32 +179,12 @@ class Trainer:
         self.optimizer.zero_grad()
         return result
 
-    def _accumulate_gradients(self, batches: Sequence[Batch]) -> Tensor:
-        num_labels = max(sum(batch.num_labels() for batch in batches), 1)
-        loss = torch.zeros((), device=self.target)
-        for batch in batches:
-            batch = batch.to(self.target, non_blocking=True)
-            loss_sum, _ = self.model.loss(
-                batch.tokens, batch.labels, batch.position_ids, batch.cu_seqlens, batch.loss_weights
-            )
-            micro_batch_loss = loss_sum / num_labels
-            micro_batch_loss.backward()
-            loss += micro_batch_loss.detach()
-        return loss
-
-    @torch.no_grad()
     def validate(self, position: Position) -> dict[str, float]:
         """Mean loss per token of each domain's held-out sequences, at the sequence length of `position`."""
-        losses = {}
+        losses, count = {}, self.config.train.validation_sequences
         for domain in self.loader.validation_domains:
-            total, num_labels = 0.0, 0
-            for batch in self.loader.validation(
-                domain, position.sequence_length, self.config.train.validation_sequences
-            ):
-                num_labels += batch.num_labels()
-                batch = batch.to(self.target, non_blocking=True)
-                total += self.model.loss(batch.tokens, batch.labels, batch.position_ids, batch.cu_seqlens)[0].item()
-            losses[domain] = total / max(num_labels, 1)
+            batches = list(self.loader.validation(domain, position.sequence_length, count))
+            losses[domain] = self.model.evaluate(batches) / max(self.model.count_labels(batches), 1)
         return losses
 
     def save(self) -> None:
@@ -251,15 +210,18 @@ class Trainer:
 
     def _state(self) -> dict[str, Any]:
         return {
-            "model": dict(self.model.named_parameters()),
+            "model": self.model.parameters,
             "optimizer": self.optimizer.state_dict(),
             "rng": {"cpu": torch.get_rng_state()},
         }
 
-    def _measurements(self, position: Position, result: StepResult, clock: Clock) -> dict[str, Any]:
+    @property
+    def speaks(self) -> bool:
+        """Whether this rank writes events and talks to the console."""
+        return self.model.rank == 0
+
+    def _measurements(self, position: Position, result: StepResult) -> dict[str, Any]:
         spike = self.spikes.update(result.loss, skipped=not result.finite)
-        tokens_per_second = position.step_tokens / clock.seconds
-        flops = flops_per_token(self.config.model, position.sequence_length)
         return {
             "phase": position.phase.name,
             "tokens": position.tokens + position.step_tokens,
@@ -271,11 +233,7 @@ class Trainer:
             "skipped_steps": self.counters.skipped_steps,
             "spike": spike,
             "spikes": self.spikes.count,
-            "seconds": clock.seconds,
-            "tokens_per_second": tokens_per_second,
-            "mfu": tokens_per_second * flops / self.peak_flops,
-            "memory_bytes": device.memory_bytes(self.target),
-            "seconds_left": clock.mean_seconds * (self.schedule.total_steps - self.counters.step),
+            **self.meter.measure(position),
         }
 
     def _reached(self, interval: int) -> bool:
@@ -293,37 +251,15 @@ class Trainer:
         return [
             f"Pangu {__version__}: {num_parameters(self.config.model):,} parameters on {self.target}, "
             f"{self.config.train.dtype}, {self.schedule.total_steps} steps, from step {self.counters.step}",
-            f"MFU = tokens/s x model FLOPs per token (6 per matmul weight, causal attention) / {self.peak_flops:.3g} "
-            f"FLOP/s ({self.peak_source})",
+            self.meter.describe(),
+            *(self.model.layout.describe() if self.model.layout.world_size > 1 else ()),
         ]
 
-    def _farewell(self, signal_number: int) -> str:
-        name = signal.Signals(signal_number).name
-        return f"stopped by {name} after step {self.counters.step}; the checkpoint is written, go on with --resume"
+    def _farewell(self, received: Sequence[int]) -> str:
+        cause = signal.Signals(received[0]).name if received else "another rank's signal"
+        return f"stopped by {cause} after step {self.counters.step}; the checkpoint is written, go on with --resume"
 
     def _write_run_files(self) -> None:
         write_atomically(self.output / CONFIG, configuration.show(self.config))
         if self.config.data.tokenizer:
             write_atomically(self.output / TOKENIZER, Path(self.config.data.tokenizer).read_bytes())
-
-
-@contextmanager
-def _stop_signals() -> Iterator[list[int]]:
-    """Collects SIGINT and SIGTERM instead of dying of them; a second one acts as usual."""
-    received: list[int] = []
-    if threading.current_thread() is not threading.main_thread():
-        yield received
-        return
-    previous = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
-
-    def note(number: int, frame: FrameType | None) -> None:
-        received.append(number)
-        signal.signal(number, previous[signal.Signals(number)])
-
-    for number in previous:
-        signal.signal(number, note)
-    try:
-        yield received
-    finally:
-        for number, handler in previous.items():
-            signal.signal(number, handler)

@@ -49,7 +49,7 @@ def test_activations_are_aggregated_over_micro_batches() -> None:
     for name, module in model.named_modules():
         if name.endswith(("attention", "feed_forward")):
             module.register_forward_hook(lambda _, __, y, name=name: outputs.setdefault(name, []).append(y.detach()))
-    with LayerStatistics(model).record() as statistics:
+    with LayerStatistics([model]).record() as statistics:
         for x in micro_batches():
             model(x)
     result = statistics.result()
@@ -67,7 +67,7 @@ def test_activations_are_aggregated_over_micro_batches() -> None:
 def test_gains_of_the_norms_that_exist() -> None:
     for sandwich, names in ((True, NORMS), (False, ("attention_norm", "feed_forward_norm"))):
         model = Model(sandwich)
-        with LayerStatistics(model).record() as statistics:
+        with LayerStatistics([model]).record() as statistics:
             model(micro_batches()[0])
         result = statistics.result()
         assert result is not None
@@ -84,7 +84,7 @@ def test_watching_changes_no_result_and_leaves_no_hook() -> None:
     expected.sum().backward()
     gradients = [parameter.grad for parameter in model.layers["0"].attention.parameters()]
     model.zero_grad()
-    with LayerStatistics(model).record():
+    with LayerStatistics([model]).record():
         found = model(x)
     found.sum().backward()
     assert torch.equal(found, expected)
@@ -94,7 +94,7 @@ def test_watching_changes_no_result_and_leaves_no_hook() -> None:
 
 def test_inactive_recording_has_no_result() -> None:
     model = Model()
-    statistics = LayerStatistics(model)
+    statistics = LayerStatistics([model])
     with statistics.record():
         model(micro_batches()[0])
     with statistics.record(active=False):
@@ -105,7 +105,7 @@ def test_inactive_recording_has_no_result() -> None:
 
 def test_bf16_outputs_are_measured_in_fp32() -> None:
     model = Model().bfloat16()
-    with LayerStatistics(model).record() as statistics:
+    with LayerStatistics([model]).record() as statistics:
         output = model.layers["0"].attention(torch.randn(500, 8).bfloat16() + 100)
         model.layers["0"].feed_forward(output)
         for index in ("1", "2"):

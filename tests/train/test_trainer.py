@@ -21,6 +21,7 @@ from pangu.data.loader import Loader
 from pangu.data.schedule import Schedule
 from pangu.errors import CheckpointError, ConfigError, TrainingError
 from pangu.model import Transformer, init_weights
+from pangu.parallel.layout import make_layout
 from pangu.train.checkpoint import Checkpointer, complete_steps
 from pangu.train.events import read_events
 from pangu.train.run import load_model
@@ -68,7 +69,8 @@ def test_a_model_learns(tmp_path: Path) -> None:
 def make_trainer(config: Config, output: Path) -> Trainer:
     schedule = Schedule(config)
     checkpointer = Checkpointer(output / "checkpoints", config.checkpoint)
-    return Trainer(config, output, torch.device("cpu"), schedule, Loader(config, schedule), checkpointer)
+    loader, layout = Loader(config, schedule), make_layout(config, 1)
+    return Trainer(config, output, torch.device("cpu"), schedule, loader, checkpointer, layout)
 
 
 def plain_adamw_step(model: Transformer, batches: Sequence[Batch], config: Config, rate: float) -> tuple[float, float]:
@@ -109,7 +111,7 @@ def test_a_step_is_adamw_on_the_mean_loss_of_all_labels(tmp_path: Path, clip_nor
     loss, norm = plain_adamw_step(reference, batches, config, trainer.schedule.learning_rate(position))
     assert result.loss == pytest.approx(loss, rel=1e-6)
     assert result.grad_norm == pytest.approx(norm, rel=1e-5)
-    for (name, ours), theirs in zip(trainer.model.named_parameters(), reference.parameters(), strict=True):
+    for (name, ours), theirs in zip(trainer.model.parameters.items(), reference.parameters(), strict=True):
         torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=2e-6, msg=name)
 
 
@@ -155,21 +157,21 @@ def test_bf16_computes_in_bf16_and_keeps_fp32_weights(tmp_path: Path) -> None:
     config = debug_config("--train.dtype", "bf16", "--train.steps", "40")
     trainer = make_trainer(config, tmp_path)
     seen = []
-    trainer.model.layers["0"].register_forward_hook(lambda module, inputs, output: seen.append(output.dtype))
+    trainer.model.parts[0].layers["0"].register_forward_hook(lambda module, inputs, output: seen.append(output.dtype))
     results = [trainer.step(trainer.schedule.at(step), list(trainer.loader.batches(step))) for step in range(40)]
     assert set(seen) == {torch.bfloat16}
-    assert {parameter.dtype for parameter in trainer.model.parameters()} == {torch.float32}
+    assert {parameter.dtype for parameter in trainer.model.parameters.values()} == {torch.float32}
     assert results[-1].loss < results[0].loss - 0.5
 
 
 def test_a_non_finite_step_is_skipped_and_counted(tmp_path: Path) -> None:
     trainer = make_trainer(debug_config(), tmp_path)
     batches = list(trainer.loader.batches(0))
-    before = {name: parameter.detach().clone() for name, parameter in trainer.model.named_parameters()}
-    poison = trainer.model.norm.weight.register_hook(lambda gradient: gradient * math.nan)
+    before = {name: parameter.detach().clone() for name, parameter in trainer.model.parameters.items()}
+    poison = trainer.model.parts[0].norm.weight.register_hook(lambda gradient: gradient * math.nan)
     assert not trainer.step(trainer.schedule.at(0), batches).finite
     poison.remove()
-    assert all(torch.equal(before[name], parameter) for name, parameter in trainer.model.named_parameters())
+    assert all(torch.equal(before[name], parameter) for name, parameter in trainer.model.parameters.items())
     assert all(not moment.any() for moment in trainer.optimizer.exp_avg.values())
     assert (trainer.counters.skipped_steps, trainer.counters.skipped_in_a_row, trainer.counters.updates) == (1, 1, 0)
     assert trainer.step(trainer.schedule.at(1), list(trainer.loader.batches(1))).finite

@@ -20,10 +20,7 @@ CHUNK_BYTES = 2**27
 
 
 def softmax_cross_entropy_(logits: Tensor, labels: Tensor, token_weights: Tensor, needs_grad: bool) -> Tensor:
-    """Losses `[C]` of logits `[C, V]`, which become `token_weights * (softmax - one_hot(labels))` in place.
-
-    Over a sharded vocabulary three things would be reduced over the shards: maximum (max), label_logit and total (sum).
-    """
+    """Losses `[C]` of logits `[C, V]`, which become `token_weights * (softmax - one_hot(labels))` in place."""
     present = labels.clamp_min(0)
     maximum = logits.amax(-1)
     label_logit = logits.gather(1, present.unsqueeze(1)).squeeze(1)
@@ -43,13 +40,15 @@ def forward(
     x_needs_grad: bool,
     weight_needs_grad: bool,
     loss_and_gradient_: ChunkLoss = softmax_cross_entropy_,
+    vocab_size: int | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """The loss, every token's loss, d_x and d_weight; a gradient that is not needed is an empty tensor.
 
-    A device with a kernel for the softmax of a chunk passes it in place of the one above.
+    A device with a kernel for the softmax of a chunk passes it in place of the one above. vocab_size: what labels are
+    below, where weight is only a shard of the vocabulary.
     """
     needs_grad = x_needs_grad or weight_needs_grad
-    _check_labels(labels, len(weight))
+    _check_labels(labels, len(weight) if vocab_size is None else vocab_size)
     dtype = accumulation_dtype(x.dtype)
     ignored = labels == IGNORED
     token_weights = (~ignored).to(dtype) if loss_weights is None else loss_weights.to(dtype).masked_fill(ignored, 0)

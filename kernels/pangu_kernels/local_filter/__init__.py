@@ -14,11 +14,12 @@ from pangu_kernels.triton_support import triton_or
 def local_filter(
     x: Tensor, weight1: Tensor, bias1: Tensor, weight2: Tensor, bias2: Tensor, cu_seqlens: Tensor
 ) -> Tensor:
-    """`conv2(conv1(x))` along each document: two causal taps each, H to H/2 to H channels, no residual and no norm.
+    """`conv2(conv1(x))` along each document: two causal taps each, H to C to H channels, no residual and no norm.
 
-    x `[T, H]`; weight1 `[H/2, H, 2]`, bias1 `[H/2]`, weight2 `[H, H/2, 2]`, bias2 `[H]`, cast to the dtype of x, with
-    tap 1 for the token itself and tap 0 for the one before; cu_seqlens int32 `[N+1]` from 0 to T, on the CPU. Before
-    the first token of a document both convolutions see zeros: conv1's output there is 0, not its bias.
+    x `[T, H]`; weight1 `[C, H, 2]`, bias1 `[C]`, weight2 `[H, C, 2]`, bias2 `[H]`, cast to the dtype of x, with C = H/2
+    in Yuan 2.0 and a share of it where channels are dealt over devices; tap 1 for the token itself and tap 0 for the
+    one before; cu_seqlens int32 `[N+1]` from 0 to T, on the CPU. Before the first token of a document both convolutions
+    see zeros: conv1's output there is 0, not its bias.
 
     Token t depends on t - 2, t - 1 and t. To decode, keep the last two inputs of each sequence: call with those and
     the new ones as one document, and drop the results of the old ones (the last result is then exact). A sequence with
@@ -27,10 +28,11 @@ def local_filter(
     Raises TypeError for wrong dtypes, ValueError for shapes, devices, strides or boundaries that do not fit.
     """
     check_tensor("local_filter", "x", x, 2)
-    size = x.shape[1]
-    check_operand("local_filter", "weight1", weight1, (size // 2, size, 2), x)
-    check_operand("local_filter", "bias1", bias1, (size // 2,), x)
-    check_operand("local_filter", "weight2", weight2, (size, size // 2, 2), x)
+    check_tensor("local_filter", "weight1", weight1, 3)
+    size, channels = x.shape[1], len(weight1)
+    check_operand("local_filter", "weight1", weight1, (channels, size, 2), x)
+    check_operand("local_filter", "bias1", bias1, (channels,), x)
+    check_operand("local_filter", "weight2", weight2, (size, channels, 2), x)
     check_operand("local_filter", "bias2", bias2, (size,), x)
     check_boundaries("local_filter", "cu_seqlens", cu_seqlens)
     if torch.is_grad_enabled():

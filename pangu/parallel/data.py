@@ -1,0 +1,61 @@
+"""Data parallelism: FSDP2 over the ranks that see other tokens, as ZeRO 1, 2 or 3 (Rajbhandari et al. 2020)."""
+
+from typing import Literal
+
+import torch
+from torch import nn
+from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
+from torch.distributed.tensor import DTensor, Shard
+
+from pangu.model import Transformer
+from pangu.model.local import local
+from pangu.parallel.mesh import Mesh
+
+
+def apply_fsdp(model: Transformer, mesh: Mesh, zero_stage: Literal[1, 2, 3]) -> None:
+    """Shard every block, and what is outside the blocks, over the mesh's dp_replicate and fsdp dimensions.
+
+    Parameters, optimizer state and the reduction of gradients are fp32; parameters are gathered in the model's compute
+    dtype. Only with `zero_stage` 3 are they freed between forward and backward, and again after backward.
+    """
+    hybrid = mesh.layout.dp_replicate > 1
+    sub_mesh = mesh.state["dp_replicate", "fsdp"] if hybrid else mesh.state["fsdp"]
+    half = model.compute_dtype if model.compute_dtype is not torch.float32 else None
+    policy = MixedPrecisionPolicy(param_dtype=half, reduce_dtype=torch.float32, cast_forward_inputs=False)
+
+    def placement(parameter: nn.Parameter) -> Shard:
+        return Shard(_shard_dimension(local(parameter).shape, mesh.fsdp_size))
+
+    for module in (*model.layers.values(), model):
+        fully_shard(
+            module,
+            mesh=sub_mesh,
+            mp_policy=policy,
+            reshard_after_forward=zero_stage == 3 and module is not model,
+            shard_placement_fn=placement,
+        )
+
+
+def set_last_micro_batch(model: nn.Module, last: bool, zero_stage: Literal[1, 2, 3]) -> None:
+    """Say whether the coming backward pass is the step's last: ZeRO 1 reduces gradients only then, and 1 and 2 keep the
+    parameters gathered until then."""
+    if isinstance(model, FSDPModule):
+        model.set_is_last_backward(last)
+        model.set_requires_gradient_sync(last or zero_stage > 1)
+        model.set_reshard_after_backward(last or zero_stage == 3)
+
+
+def _shard_dimension(shape: torch.Size, size: int) -> int:
+    """The first dimension that `size` ranks share evenly; 0 if there is none, where FSDP pads.
+
+    Stacked weights such as the feed-forward layer's `[2, F, H]` would otherwise leave most ranks without a share.
+    """
+    return next((dim for dim, length in enumerate(shape) if length % size == 0), 0)
+
+
+def is_sharded(parameter: torch.Tensor, dimension: str) -> bool:
+    """Whether a parameter is a DTensor that is sharded over the mesh dimension of this name."""
+    if not isinstance(parameter, DTensor):
+        return False
+    names = parameter.device_mesh.mesh_dim_names or ()
+    return dimension in names and not parameter.placements[names.index(dimension)].is_replicate()

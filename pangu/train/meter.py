@@ -1,0 +1,56 @@
+"""What a step took: time, rate, MFU and memory, beside what it computed."""
+
+import time
+from typing import Any
+
+from pangu import device
+from pangu.config import Config
+from pangu.data.schedule import Position, Schedule
+from pangu.model.count import flops_per_token
+from pangu.parallel.model import ParallelModel
+
+
+class Meter:
+    """Measures the steps of a run from its creation on, a step from the end of the one before."""
+
+    def __init__(self, config: Config, schedule: Schedule, model: ParallelModel) -> None:
+        self.config = config
+        self.schedule = schedule
+        self.model = model
+        self.peak_flops, self.peak_source = (
+            (config.metrics.peak_flops, "metrics.peak_flops")
+            if config.metrics.peak_flops
+            else device.peak_flops(model.target)
+        )
+        self.restart()
+
+    def restart(self) -> None:
+        """Forget the time that has passed: the first step begins now."""
+        self._started = self._last = time.perf_counter()
+        self._steps = 0
+
+    def measure(self, position: Position) -> dict[str, Any]:
+        """To be called by all ranks at the end of the step at `position`; memory is that of the rank with the most."""
+        now = time.perf_counter()
+        seconds, self._last = now - self._last, now
+        self._steps += 1
+        (memory_bytes,) = self.model.max_over_ranks(device.memory_bytes(self.model.target))
+        tokens_per_second = position.step_tokens / seconds
+        flops = flops_per_token(self.config.model, position.sequence_length)
+        mean_seconds = (now - self._started) / self._steps
+        return {
+            "seconds": seconds,
+            "tokens_per_second": tokens_per_second,
+            "mfu": tokens_per_second * flops / (self.peak_flops * self.model.layout.world_size),
+            "memory_bytes": round(memory_bytes),
+            "seconds_left": mean_seconds * (self.schedule.total_steps - position.step - 1),
+        }
+
+    def describe(self) -> str:
+        """How MFU is counted."""
+        devices = self.model.layout.world_size
+        return (
+            f"MFU = tokens/s x model FLOPs per token (6 per matmul weight, causal attention) / "
+            f"{f'({devices} x ' if devices > 1 else ''}{self.peak_flops:.3g}{')' if devices > 1 else ''} FLOP/s "
+            f"({self.peak_source})"
+        )
