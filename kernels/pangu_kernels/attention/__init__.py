@@ -5,7 +5,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from pangu_kernels.attention import ascend, cpu, reference
+from pangu_kernels.attention import ascend, cpu, cuda, reference
 from pangu_kernels.checks import check_boundaries, check_operand, check_same_dtype, check_tensor
 from pangu_kernels.precision import accumulation_dtype
 from pangu_kernels.registration import define, implement
@@ -135,5 +135,7 @@ _backward = define(
 )
 implement("attention", "cpu", cpu.forward)
 implement("attention_backward", "cpu", cpu.backward)
+implement("attention", "cuda", cuda.forward)
+implement("attention_backward", "cuda", cuda.backward)
 implement("attention", "npu", ascend.forward)
 implement("attention_backward", "npu", ascend.backward)
