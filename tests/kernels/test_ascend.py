@@ -8,6 +8,7 @@ import importlib
 import logging
 from collections.abc import Callable, Iterator
 from importlib.util import find_spec
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -312,3 +313,16 @@ def test_bad_input_is_refused_before_the_device_is_touched(
         call()
     making_arguments = {"aclnnInplaceCopy", "aclnnInplaceZero", "aclnnAdds", "aclnnCast"}
     assert {call.name for call in calls} <= making_arguments
+
+
+def test_launches_per_layer(monkeypatch: pytest.MonkeyPatch, emulator: Emulator) -> None:
+    """Counts of launches know no noise: the benchmark's target, and what a Pangu Ultra layer takes today."""
+    monkeypatch.syspath_prepend(Path(__file__).resolve().parents[2] / "benchmarks")
+    launch_count = importlib.import_module("launch_count")
+    rows = {(row["layer"], row["mode"]): row for row in launch_count.count(emulator)}
+    assert all(row["ratio"] is None or row["ratio"] <= launch_count.TARGET for row in rows.values())
+    ultra = rows["Pangu, sandwich norm", "bf16"]
+    assert ultra["forward"] <= 16
+    assert ultra["backward"] <= 28
+    published = [row for (name, _), row in rows.items() if not name.startswith("Pangu")]
+    assert all(rows["Pangu, pre-norm", "bf16"]["total"] < row["total"] for row in published)
