@@ -1,11 +1,11 @@
 """Rows in pieces, of which one is communicated while another is multiplied: overlap over any backend of c10d.
 
-Piece i of every rank's rows makes up one collective. At any time at most one collective is under way, so that none
-shares the link with the one that is needed first, and at most two pieces exist beside the operands and results.
+Piece i of every rank's rows makes up one collective.
 """
 
 from collections.abc import Sequence
 
+import torch
 import torch.distributed as dist
 from torch import Tensor
 
@@ -15,7 +15,10 @@ from pangu_kernels.overlap.collectives import start_all_gather, start_reduce_sca
 def all_gather_matmul(
     x: Tensor, matrices: Sequence[Tensor], group: dist.ProcessGroup, keep_gathered: bool, num_chunks: int
 ) -> tuple[list[Tensor], Tensor | None]:
-    """`reference.all_gather_matmul`, piece i + 1 arriving while piece i is multiplied."""
+    """`reference.all_gather_matmul`, piece i + 1 arriving while piece i is multiplied.
+
+    One piece arrives at a time: a second would take its share of the link from the one that is needed first.
+    """
     size, rows = group.size(), len(x) // num_chunks
     pieces = x.view(num_chunks, rows, x.shape[1])
     products = [x.new_empty(size, num_chunks, rows, matrix.shape[1]) for matrix in matrices]
@@ -37,13 +40,8 @@ def matmul_reduce_scatter(x: Tensor, matrix: Tensor, group: dist.ProcessGroup, n
     size = group.size()
     rows = len(x) // size // num_chunks
     pieces = x.view(size, num_chunks, rows, x.shape[1])
-    y = x.new_empty(num_chunks, rows, matrix.shape[1])
-    leaving = None
-    for index in range(num_chunks):
-        partial = pieces[:, index].flatten(0, 1) @ matrix  # [size * rows, N]
-        if leaving is not None:
-            y[index - 1] = wait(leaving)
-        leaving = start_reduce_scatter(partial, group)
-    assert leaving is not None
-    y[-1] = wait(leaving)
-    return y.flatten(0, 1)
+    leaving = [
+        start_reduce_scatter(pieces[:, index].flatten(0, 1) @ matrix, group)  # of [size * rows, N]
+        for index in range(num_chunks)
+    ]
+    return torch.cat([wait(piece) for piece in leaving])
