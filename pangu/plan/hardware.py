@@ -25,8 +25,8 @@ _STRICT = ConfigDict(extra="forbid", use_attribute_docstrings=True)
 
 @dataclass(frozen=True, kw_only=True, config=_STRICT)
 class PeakTflops:
-    bf16: float = Field(gt=0)
-    """Dense bf16 matmul rate, TFLOP/s."""
+    bf16: float | None = Field(default=None, gt=0)
+    """Dense bf16 matmul rate, TFLOP/s. Not given: the chip has none."""
     fp16: float | None = Field(default=None, gt=0)
     """Dense fp16 matmul rate. Not given: as bf16."""
     fp8: float | None = Field(default=None, gt=0)
@@ -47,6 +47,10 @@ class Chip:
     """Published matmul rates per dtype."""
     vector_tflops: float = Field(gt=0)
     """Rate of operations outside the matmul engines, TFLOP/s."""
+    power_w: float | None = Field(default=None, gt=0)
+    """Power limit, watts, where it is below `rated_power_w`."""
+    rated_power_w: float | None = Field(default=None, gt=0)
+    """Power limit of the chip as sold."""
     memory_gib: float = Field(gt=0)
     """Device memory an allocator can get, GiB."""
     memory_gb_per_s: float = Field(gt=0)
@@ -61,6 +65,13 @@ class Chip:
         if rate is None:
             raise ConfigError(f"chip {self.name!r} has no {precision} rate; add chip.peak_tflops.{precision}")
         return rate * 1e12
+
+    @property
+    def power_factor(self) -> float:
+        """Clock under a lowered power limit: dynamic power grows with frequency times voltage squared, about f^3."""
+        if self.power_w is None or self.rated_power_w is None:
+            return 1.0
+        return min(1.0, (self.power_w / self.rated_power_w) ** (1 / 3))
 
     @property
     def memory_bytes(self) -> float:

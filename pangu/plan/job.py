@@ -6,7 +6,8 @@ from typing import Literal
 from pangu.config import Config, ModelConfig
 from pangu.parallel.layout import Layout
 
-Recompute = Literal["none", "selective", "full"]
+Recompute = Literal["none", "selective", "every second matmul", "every second layer", "full"]
+Precision = Literal["bf16", "fp16", "fp8", "fp32"]
 
 
 @dataclass(frozen=True)
@@ -22,6 +23,8 @@ class Architecture:
     vocab_size: int
     gated: bool = True
     """SwiGLU (three matrices) instead of GELU (two)."""
+    rms_norm: bool = True
+    """RMSNorm instead of LayerNorm."""
     tied: bool = False
     """The head is the embedding table."""
     post_norms: bool = False
@@ -32,7 +35,15 @@ class Architecture:
     learned_positions: int = 0
     """Rows of a learned position table (GPT). 0: rotary."""
     dropout: bool = False
-    """Masks of the residual and attention dropout are kept."""
+    """After attention, after the sub-layers and inside softmax."""
+
+    @property
+    def query_size(self) -> int:
+        return self.num_attention_heads * self.head_dim
+
+    @property
+    def key_value_size(self) -> int:
+        return self.num_key_value_heads * self.head_dim
 
 
 @dataclass(frozen=True)
@@ -41,6 +52,8 @@ class Overlap:
 
     tensor: bool = False
     """Matmuls and their tensor-parallel collectives in pieces (MC2, CoC, async TP)."""
+    tensor_backward: bool = True
+    """Backward's collectives of tensor parallelism beside the weight gradients (Megatron's asynchronous linear)."""
     gradients: bool = True
     """Gradients are reduced while backward goes on."""
     parameters: bool = True
@@ -52,6 +65,32 @@ class Framework:
     """Conventions of a training framework that change memory and time; see docs/planning.md."""
 
     name: str = "pangu"
+    fused_attention: bool = True
+    """Flash attention: no S x S matrix in memory, nothing computed above the diagonal."""
+    fused_elementwise: bool = True
+    """Norms, rotary embedding, activation and residual are one operator each, instead of PyTorch's single steps."""
+    fused_cross_entropy: bool = True
+    """The loss reads its logits a few times only, instead of once per PyTorch operator."""
+    fused_gradient_accumulation: bool = True
+    """Weight gradients add up inside the matmul, instead of in passes of their own."""
+    compiled: bool = False
+    """A graph runs: no operator waits for the host."""
+    gradient_bytes: int = 4
+    """Of a gradient on its way through the reduction."""
+    asynchronous_linear: bool = True
+    """Backward's tensor-parallel collectives run beside the weight gradients."""
+    all_reduces_gradients: bool = False
+    """Every rank gets all reduced gradients, whatever it keeps of them."""
+    broadcasts_parameters: bool = False
+    """Every rank sends its share of the parameters in a broadcast of its own."""
+    fsdp: bool = False
+    """Parameters are gathered layer by layer for forward and for backward (ZeRO 3)."""
+    waits_for_sends: bool = False
+    """A pipeline rank computes nothing while it sends or receives."""
+    slices_sends: bool = True
+    """Every tensor-parallel rank sends its share of an activation only."""
+    network_flows: int = 0
+    """Ports of a node that one collective uses. 0: all."""
 
 
 PANGU = Framework()
@@ -76,7 +115,7 @@ class Job:
     """One for every pipeline rank, or one each."""
     recompute_layers: tuple[int, ...] = ()
     """Recompute only the first so many layers of every stage: one number for all pipeline ranks, or one each."""
-    precision: Literal["bf16", "fp16", "fp8", "fp32"] = "bf16"
+    precision: Precision = "bf16"
     context_exchange: Literal["ring", "all_gather"] = "ring"
     overlap: Overlap = Overlap()
     framework: Framework = PANGU
@@ -91,13 +130,29 @@ class Job:
         """Of one optimizer step over all ranks."""
         return self.batch_size * self.sequence_length
 
-    def recompute_of(self, pp_rank: int, stage_layers: int) -> tuple[Recompute, int]:
-        """Policy of a pipeline rank and how many of a stage's layers it holds for."""
-        mode = self.recompute[pp_rank if len(self.recompute) > 1 else 0]
+    @property
+    def local_tokens(self) -> int:
+        """Of one micro-batch on one context-parallel rank."""
+        return self.micro_batch_size * self.sequence_length // self.layout.cp
+
+    @property
+    def sequence_shards(self) -> int:
+        """Tensor-parallel ranks over which the residual stream is sharded."""
+        return self.layout.tp if self.sequence_parallel else 1
+
+    @property
+    def local_kv_heads(self) -> float:
+        """Key-value heads of one tensor-parallel rank; ranks share a head when there are more of them than heads."""
+        return max(self.model.num_key_value_heads / self.layout.tp, 1)
+
+    def recompute_of(self, stage: int) -> tuple[Recompute, int]:
+        """Policy of a stage and for how many of its layers it holds."""
+        rank, layers = self.layout.rank_of_stage(stage), self.layout.stage_layers[stage]
+        mode = self.recompute[rank if len(self.recompute) > 1 else 0]
         if not self.recompute_layers:
-            return mode, stage_layers
-        limit = self.recompute_layers[pp_rank if len(self.recompute_layers) > 1 else 0]
-        return mode, min(limit, stage_layers)
+            return mode, layers
+        limit = self.recompute_layers[rank if len(self.recompute_layers) > 1 else 0]
+        return mode, min(limit, layers)
 
 
 def architecture_of(model: ModelConfig) -> Architecture:

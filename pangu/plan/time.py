@@ -4,6 +4,9 @@ from dataclasses import dataclass
 
 from pangu.plan.hardware import Cluster
 from pangu.plan.job import Job
+from pangu.plan.layer import Cost, Passes, block, embedding, head, layer_parameters, recomputed, table_parameters
+from pangu.plan.operators import Operators
+from pangu.plan.simulate import Durations, Timeline, schedule_order, simulate
 
 
 @dataclass(frozen=True)
@@ -15,6 +18,10 @@ class StageTime:
     """Gradients of activations, and what is computed again for them."""
     backward_weight: float
     """Gradients of weights."""
+
+    @property
+    def total(self) -> float:
+        return self.forward + self.backward_input + self.backward_weight
 
 
 @dataclass(frozen=True)
@@ -31,7 +38,7 @@ class StepTime:
     """Idle share of `pipeline` on the average rank: the paper's (p-1)/(m+p-1) for 1f1b."""
     optimizer: float
     exposed: dict[str, float]
-    """Communication that delays the step, by dimension (tp, cp, pp, dp)."""
+    """Communication that delays the step, by dimension (tp, cp, pp, dp), on the slowest rank."""
     hidden: dict[str, float]
     """Communication behind computation, by dimension."""
 
@@ -43,4 +50,223 @@ class StepTime:
 
 def step_time(job: Job, cluster: Cluster) -> StepTime:
     """Time of one optimizer step of `job` on `cluster`."""
-    raise NotImplementedError
+    operators = Operators(job, cluster)
+    passes = stage_passes(operators)
+    send = send_seconds(operators)
+    stages = tuple(_stage_time(operators, each, send) for each in passes)
+    gathers, reductions, hidden = data_parallel(operators, stages)
+    seconds, pipeline, bubble = _pipeline(job, stages, send, (gathers, reductions))
+    optimizer = optimizer_seconds(operators)
+    tied = tied_seconds(operators)
+    step = seconds + tied + optimizer + cluster.efficiency.step_ms * 1e-3
+    exposed, concealed = _communication(job, passes)
+    exposed["dp"] = exposed.get("dp", 0.0) + seconds - pipeline + tied
+    concealed["dp"] = concealed.get("dp", 0.0) + hidden
+    if job.layout.pp > 1:
+        sends = 2 * job.num_micro_batches * send * job.layout.num_stages / job.layout.pp
+        (exposed if job.framework.waits_for_sends else concealed)["pp"] = sends
+    return StepTime(step, stages, send, pipeline, bubble, optimizer, exposed, concealed)
+
+
+def _communication(job: Job, passes: list[Passes]) -> tuple[dict[str, float], dict[str, float]]:
+    """Seconds per step by dimension, exposed and hidden, on the rank that communicates most."""
+    best: tuple[dict[str, float], dict[str, float]] = {}, {}
+    for rank in range(job.layout.pp):
+        total = Cost()
+        for stage in job.layout.stages_of(rank):
+            for each in (passes[stage].forward, passes[stage].backward_input, passes[stage].backward_weight):
+                total = total + each * job.num_micro_batches
+        if sum(total.exposed.values()) >= sum(best[0].values()):
+            best = total.exposed, total.hidden
+    return best
+
+
+def stage_passes(operators: Operators) -> list[Passes]:
+    """Cost of every stage for one micro-batch."""
+    job = operators.job
+    layout = job.layout
+    plain = block(operators)
+    modes = {mode: recomputed(operators, plain, mode) for mode in {"none", *job.recompute}}
+    result = []
+    for stage, layers in enumerate(layout.stage_layers):
+        mode, count = job.recompute_of(stage)
+        total = _times(modes[mode], count, modes["none"], layers - count)
+        if job.framework.fsdp:
+            total = _with_layer_gathers(operators, total, layers)
+        if stage == 0:
+            total = _plus(total, embedding(operators))
+        if stage == layout.num_stages - 1:
+            total = _plus(total, head(operators))
+        result.append(total)
+    return result
+
+
+def _times(a: Passes, n: int, b: Passes, m: int) -> Passes:
+    return Passes(
+        a.forward * n + b.forward * m,
+        a.backward_input * n + b.backward_input * m,
+        a.backward_weight * n + b.backward_weight * m,
+    )
+
+
+def _plus(a: Passes, b: Passes) -> Passes:
+    return Passes(a.forward + b.forward, a.backward_input + b.backward_input, a.backward_weight + b.backward_weight)
+
+
+def _with_layer_gathers(operators: Operators, passes: Passes, layers: int) -> Passes:
+    """Parameters gathered before a layer's forward and again before its backward, gradients scattered after it."""
+    job = operators.job
+    size, members, flows = _fsdp_group(operators)
+    if size == 1:
+        return passes
+    parameters = layer_parameters(job)
+    gather = operators.gather(size, members, 2 * parameters, flows) * layers
+    scatter = operators.gather(size, members, job.framework.gradient_bytes * parameters, flows) * layers
+    for cost, transfer in (
+        (passes.forward, gather),
+        (passes.backward_input, gather),
+        (passes.backward_weight, scatter),
+    ):
+        compute = cost.compute
+        if cost is not passes.forward:
+            both = passes.backward_input.compute + passes.backward_weight.compute
+            compute = both * transfer / (gather + scatter)
+        cost.transfer("dp", transfer, operators.cluster.efficiency.overlap * min(transfer, compute))
+    return passes
+
+
+def _fsdp_group(operators: Operators) -> tuple[int, int, int]:
+    layout = operators.job.layout
+    size = layout.dp_shard * layout.cp
+    members = max(1, min(size, operators.cluster.node.devices // layout.tp))
+    return size, members, operators.job.framework.network_flows
+
+
+def _stage_time(operators: Operators, passes: Passes, send: float) -> StageTime:
+    host = operators.cluster.efficiency.operator_us * 1e-6 * (0 if operators.job.framework.compiled else 1)
+    wait = send if operators.job.framework.waits_for_sends and operators.job.layout.pp > 1 else 0.0
+    return StageTime(
+        passes.forward.seconds(host) + wait,
+        passes.backward_input.seconds(host) + wait,
+        passes.backward_weight.seconds(host),
+    )
+
+
+def send_seconds(operators: Operators) -> float:
+    """One micro-batch's activations from a stage to the next."""
+    job = operators.job
+    layout = job.layout
+    if layout.pp == 1:
+        return 0.0
+    size = 2 * job.local_tokens * job.model.hidden_size
+    if job.sequence_parallel or job.framework.slices_sends:
+        size /= layout.tp
+    stride = layout.tp * layout.cp * layout.dp
+    return operators.send(size, stride >= operators.cluster.node.devices)
+
+
+def _pipeline(
+    job: Job, stages: tuple[StageTime, ...], send: float, transfers: tuple[list[float], list[float]]
+) -> tuple[float, float, float]:
+    """Seconds of the passes with their data-parallel collectives, of the passes alone, and their idle share."""
+    layout, m = job.layout, job.num_micro_batches
+    if layout.pp == 1:
+        seconds = m * sum(stage.total for stage in stages)
+        return seconds + sum(transfers[0]) + sum(transfers[1]), seconds, 0.0
+    per_rank = layout.num_stages // layout.pp
+    rounds = 4 * layout.pp
+    few = _simulated(job, stages, send, per_rank, m if m <= 2 * rounds else rounds + m % layout.pp, transfers)
+    short = few.order.micro_batches
+    if short == m:
+        return few.seconds, few.pipeline_seconds, few.bubble_of_step
+    more = _simulated(job, stages, send, per_rank, short + layout.pp, transfers)
+    rest = (more.pipeline_seconds - few.pipeline_seconds) / layout.pp * (m - short)
+    seconds = few.pipeline_seconds + rest
+    return few.seconds + rest, seconds, 1 - few.ideal_seconds / short * m / seconds
+
+
+def _simulated(
+    job: Job,
+    stages: tuple[StageTime, ...],
+    send: float,
+    per_rank: int,
+    m: int,
+    transfers: tuple[list[float], list[float]],
+) -> Timeline:
+    order = schedule_order(job.schedule, job.layout.pp, per_rank, m)
+    sends = [0.0 if job.framework.waits_for_sends else send] * job.layout.num_stages
+    durations = Durations(
+        [stage.forward for stage in stages],
+        [stage.backward_input for stage in stages],
+        [stage.backward_weight for stage in stages],
+        sends,
+        *transfers,
+    )
+    return simulate(order, durations)
+
+
+def stage_parameters(job: Job, stage: int) -> float:
+    """Of one device of a stage, before sharding over data-parallel ranks."""
+    layout = job.layout
+    total = layout.stage_layers[stage] * layer_parameters(job)
+    if stage == 0:
+        total += table_parameters(job) + job.model.learned_positions * job.model.hidden_size
+    if stage == layout.num_stages - 1:
+        total += job.model.hidden_size
+        if not job.model.tied or layout.num_stages > 1:
+            total += table_parameters(job)
+    return total
+
+
+def rank_parameters(job: Job, pp_rank: int) -> float:
+    """Of one device of a pipeline rank, before sharding over data-parallel ranks."""
+    return sum(stage_parameters(job, stage) for stage in job.layout.stages_of(pp_rank))
+
+
+def tied_seconds(operators: Operators) -> float:
+    """Sum of the tied table's gradients of the first and the last stage."""
+    job = operators.job
+    if not job.model.tied or job.layout.pp == 1:
+        return 0.0
+    stride = job.layout.tp * job.layout.cp * job.layout.dp * (job.layout.pp - 1)
+    across = stride >= operators.cluster.node.devices
+    return operators.send(job.framework.gradient_bytes * table_parameters(job), across)
+
+
+def data_parallel(operators: Operators, stages: tuple[StageTime, ...]) -> tuple[list[float], list[float], float]:
+    """Exposed seconds of gathering every stage's parameters and of reducing its gradients, and the hidden ones.
+
+    What overlaps does so with the stage's first forward or last backward pass; the simulation of the pipeline lets the
+    rest run beside the passes of the rank's other stages.
+    """
+    job = operators.job
+    layout, framework = job.layout, job.framework
+    size, nothing = layout.dp * layout.cp, [0.0] * layout.num_stages
+    if size == 1 or framework.fsdp:
+        return nothing, nothing, 0.0
+    members = max(1, min(size, operators.cluster.node.devices // layout.tp))
+    hide, flows = operators.cluster.efficiency.overlap, framework.network_flows
+    gathers, reductions, hidden = [], [], 0.0
+    for stage, time in enumerate(stages):
+        parameters = stage_parameters(job, stage)
+        gradients = operators.gather(size, members, framework.gradient_bytes * parameters, flows)
+        both = 2 * gradients if job.zero_stage == 0 or framework.all_reduces_gradients else gradients
+        gather = operators.gather(size, members, 2 * parameters, flows) if job.zero_stage else 0.0
+        if framework.broadcasts_parameters and job.zero_stage:
+            gather += layout.dp_shard * operators.latency(layout.dp_shard, members)
+        backward = time.backward_input + time.backward_weight
+        hidden_gather = hide * min(gather, time.forward) if job.overlap.parameters else 0.0
+        hidden_reduction = hide * min(both, backward) if job.overlap.gradients else 0.0
+        gathers.append(gather - hidden_gather)
+        reductions.append(both - hidden_reduction)
+        hidden += hidden_gather + hidden_reduction
+    return gathers, reductions, hidden
+
+
+def optimizer_seconds(operators: Operators) -> float:
+    """AdamW over this rank's share: gradients read, master weights and moments read and written; the norm; zeroing."""
+    job = operators.job
+    parameters = max(rank_parameters(job, rank) for rank in range(job.layout.pp))
+    share = parameters / (job.layout.dp_shard * job.layout.cp if job.zero_stage else 1)
+    local = share if job.framework.fsdp or job.zero_stage >= 2 else parameters
+    return operators.moving(30 * share + 8 * local)
