@@ -1,0 +1,301 @@
+"""Every schedule gives the loss and the gradients of one device, with uneven stages and documents of all lengths."""
+
+from collections import Counter
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+from torch.distributed.tensor import DTensor, distribute_tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+from world import World
+
+from pangu.config import Config, DataConfig, ModelConfig, ParallelConfig, PhaseConfig, RecomputeConfig, TrainConfig
+from pangu.data.batch import IGNORED_LABEL, Batch
+from pangu.model import Transformer, generate, init_weights
+from pangu.parallel.data import apply_fsdp
+from pangu.parallel.layout import make_layout
+from pangu.parallel.mesh import make_mesh
+from pangu.parallel.pipeline import Pipeline, TiedEmbedding, split
+from pangu.parallel.recompute import apply_recompute
+
+Worlds = Callable[[int], World]
+
+VOCAB_SIZE = 53
+UNEVEN = {
+    "1f1b": (2, 1, 3, 1),
+    "interleaved_1f1b": (1, 2, 1, 1, 2, 1, 1, 1, 1, 1, 2, 1),
+    "interleaved_zero_bubble": (1, 2, 1, 1, 2, 1, 1, 1),
+    "zero_bubble_v": (1, 2, 1, 1, 2, 1, 1, 1),
+    "dualpipe_v": (2, 1, 1, 1, 1, 1, 2, 1),
+}
+DOCUMENTS = [[32], [1, 30, 1], [5, 11, 16], [2] * 16, [31, 1], [20, 12], [7, 7, 7, 7, 4], [1] * 32, [16, 16]]
+
+
+def make_config(schedule: str, pp: int = 4, model: dict[str, Any] | None = None, **parallel: Any) -> Config:
+    layers = UNEVEN[schedule] if pp == 4 else (2, 1) if schedule == "1f1b" else (1, 2, 1, 1)
+    sizes = {"vocab_size": VOCAB_SIZE, "hidden_size": 16, "num_attention_heads": 2, "intermediate_size": 24}
+    return Config(
+        model=ModelConfig(**{**sizes, "num_layers": sum(layers), **(model or {})}),
+        data=DataConfig(synthetic=True),
+        phases=(PhaseConfig(name="only", sequence_length=32, batch_size=48, learning_rate=1e-3),),
+        train=TrainConfig(steps=1),
+        parallel=ParallelConfig(
+            pp=pp,
+            pipeline_schedule=schedule,  # type: ignore[arg-type]
+            pipeline_layers=layers,
+            pipeline_stages_per_rank=len(layers) // pp,
+            **parallel,
+        ),
+    )
+
+
+def make_batches(count: int, length: int = 32) -> list[Batch]:
+    """Micro-batches that differ in everything but their length."""
+    batches = []
+    for index in range(count):
+        source = torch.Generator().manual_seed(index)
+        lengths = torch.tensor(DOCUMENTS[index % len(DOCUMENTS)]) * length // 32
+        tokens = torch.randint(VOCAB_SIZE, (length,), generator=source)
+        batches.append(
+            Batch(
+                tokens=tokens,
+                labels=tokens.roll(-1).masked_fill(torch.rand(length, generator=source) < 0.2, IGNORED_LABEL),
+                position_ids=torch.cat([torch.arange(n) for n in lengths.tolist()]),
+                cu_seqlens=torch.tensor([0, *lengths.cumsum(0).tolist()], dtype=torch.int32),
+                loss_weights=torch.rand(length, generator=source) if index % 2 else None,
+            )
+        )
+    return batches
+
+
+def whole_model(config: Config, dtype: torch.dtype = torch.float32) -> Transformer:
+    model = Transformer(config.model)
+    init_weights(model, 0)
+    with torch.no_grad():
+        for index, parameter in enumerate(model.parameters()):  # so that no gain is the same everywhere
+            parameter.add_(0.1 * torch.randn(parameter.shape, generator=torch.Generator().manual_seed(index)))
+    model.compute_dtype = dtype
+    return model
+
+
+def make_pipeline(config: Config, whole: Transformer) -> tuple[Pipeline, TiedEmbedding]:
+    layout = make_layout(config, dist.get_world_size())
+    mesh = make_mesh(layout, "cpu")
+    with torch.device("meta"):
+        empty = Transformer(config.model)
+    empty.compute_dtype = whole.compute_dtype
+    rank = mesh.coordinates["pp"]
+    parts = [split(empty, layout, stage) for stage in layout.stages_of(rank)]
+    apply_recompute(parts, config.parallel.recompute, rank)
+    values = dict(whole.named_parameters())
+    for part in parts:
+        if layout.dp > 1:
+            apply_fsdp(part, mesh, config.parallel.zero_stage)
+        part.to_empty(device="cpu")
+        with torch.no_grad():
+            for name, parameter in part.named_parameters():
+                value = values[name].detach()
+                if isinstance(parameter, DTensor):
+                    value = distribute_tensor(value, parameter.device_mesh, parameter.placements)
+                parameter.copy_(value)
+    return Pipeline(parts, mesh, config), TiedEmbedding(parts, mesh)
+
+
+def one_device(model: Transformer, batches: Sequence[Batch], scale: float) -> torch.Tensor:
+    total = torch.zeros(())
+    for batch in batches:
+        loss = scale * model.loss(
+            batch.tokens, batch.labels, batch.position_ids, batch.cu_seqlens, batch.loss_weights
+        )[0]
+        loss.backward()
+        total += loss.detach()
+    return total
+
+
+def check_step(pipeline: Pipeline, tied: TiedEmbedding, whole: Transformer, batches: Sequence[Batch]) -> None:
+    """One step's loss and gradients; those of the parts accumulate on what is there, as those of the whole do."""
+    scale = 1 / 700
+    expected = one_device(whole, batches, scale)
+    loss = pipeline.forward_backward(batches, scale)
+    tied.sum_gradients()
+    tolerance = {"rtol": 1e-5, "atol": 1e-7} if whole.compute_dtype == torch.float32 else {"rtol": 0.05, "atol": 2e-4}
+    torch.testing.assert_close(loss, expected, **tolerance)
+    wanted = dict(whole.named_parameters())
+    parameters: dict[str, torch.nn.Parameter] = {}
+    for part in pipeline.parts.values():
+        parameters |= dict(part.named_parameters())
+    for name, parameter in parameters.items():
+        assert parameter.grad is not None, name
+        torch.testing.assert_close(
+            parameter.grad, wanted[name].grad, **tolerance, msg=lambda text, name=name: f"{name}: {text}"
+        )
+        parameter.grad = None
+    for parameter in wanted.values():
+        parameter.grad = None
+
+
+def equals_one_device(config: Config, counts: Sequence[int], dtype: torch.dtype = torch.float32) -> list[str]:
+    whole = whole_model(config, dtype)
+    pipeline, tied = make_pipeline(config, whole)
+    for count in counts:
+        check_step(pipeline, tied, whole, make_batches(count))
+    return [name for part in pipeline.parts.values() for name, _ in part.named_parameters()]
+
+
+@pytest.mark.parametrize("schedule", UNEVEN)
+@pytest.mark.parametrize("tied", [False, True])
+def test_loss_and_gradients_equal_one_device(worlds: Worlds, schedule: str, tied: bool) -> None:
+    """Three times: the number of micro-batches grows and falls back."""
+    config = make_config(schedule, model={"tie_embeddings": tied})
+    names = worlds(4).run(equals_one_device, config, (8, 12, 8))
+    everything = [name for name, _ in whole_model(config).named_parameters()]
+    assert sorted({name for rank in names for name in rank}) == sorted(everything)
+    assert sum(map(len, names)) == len(everything) + tied  # the embedding is there twice
+
+
+@pytest.mark.parametrize(
+    ("schedule", "counts"),
+    [
+        ("1f1b", (4, 5)),
+        ("interleaved_1f1b", (1, 3, 4, 10)),
+        ("interleaved_zero_bubble", (1, 3, 4, 10)),
+        ("zero_bubble_v", (1, 2, 7)),
+        ("dualpipe_v", (8, 9)),
+    ],
+)
+def test_numbers_of_micro_batches_that_the_layout_allows(
+    worlds: Worlds, schedule: str, counts: tuple[int, ...]
+) -> None:
+    worlds(4).run(equals_one_device, make_config(schedule), counts)
+
+
+@pytest.mark.parametrize("schedule", ["1f1b", "interleaved_1f1b", "zero_bubble_v"])
+@pytest.mark.parametrize(
+    ("model", "recompute"),
+    [
+        ({"local_filter": "two_convolutions_norm"}, RecomputeConfig(mode="selective")),
+        ({"norm_placement": "pre", "num_key_value_heads": 1}, RecomputeConfig(mode="full", layers=(1,))),
+        (
+            {"attention_bias": True, "feed_forward_bias": True, "tie_embeddings": True},
+            RecomputeConfig(mode=("full", "selective", "none", "full"), layers=(0, 1, 2, 3)),
+        ),
+    ],
+)
+def test_models_and_recomputation(
+    worlds: Worlds, schedule: str, model: dict[str, Any], recompute: RecomputeConfig
+) -> None:
+    config = make_config(schedule, model=model, recompute=recompute)
+    worlds(4).run(equals_one_device, config, (8,))
+    worlds(4).run(equals_one_device, config, (8,), torch.bfloat16)
+
+
+def evaluates_and_generates(config: Config) -> None:
+    whole = whole_model(config)
+    pipeline, tied = make_pipeline(config, whole)
+    prompts = [[5], [7, 3], [2, 9, 4, 8, 1, 6, 11, 13, 10]]
+    options: dict[str, Any] = {"temperature": 0.8, "top_p": 0.9, "seed": 3}
+    for count, length in ((1, 64), (6, 32), (0, 32)):
+        batches = make_batches(count, length)
+        with torch.no_grad():
+            expected = [
+                whole.loss(b.tokens, b.labels, b.position_ids, b.cu_seqlens, b.loss_weights)[0] for b in batches
+            ]
+        assert pipeline.evaluate(batches) == pytest.approx(list(map(float, expected)), rel=1e-5)
+        assert pipeline.generate(prompts, 6) == generate(whole, prompts, 6)
+        assert pipeline.generate(prompts, 6, **options) == generate(whole, prompts, 6, **options)
+        check_step(pipeline, tied, whole, make_batches(8, length or 32))  # and training goes on
+
+
+@pytest.mark.parametrize("schedule", UNEVEN)
+@pytest.mark.parametrize("tied", [False, True])
+def test_evaluation_and_generation(worlds: Worlds, schedule: str, tied: bool) -> None:
+    """Between training steps, with fewer micro-batches than ranks too."""
+    model = {"tie_embeddings": tied, "local_filter": "two_convolutions_norm"}
+    worlds(4).run(evaluates_and_generates, make_config(schedule, model=model))
+
+
+def tied_copies_after_an_update(config: Config) -> list[torch.Tensor]:
+    pipeline, tied = make_pipeline(config, whole_model(config))
+    pipeline.forward_backward(make_batches(8), 1.0)
+    tied.sum_gradients()
+    parameters: dict[str, torch.nn.Parameter] = {}
+    for part in pipeline.parts.values():
+        parameters |= dict(part.named_parameters())
+    with torch.no_grad():
+        for parameter in parameters.values():
+            parameter -= 0.1 * parameter.grad  # type: ignore[operator]
+    pipeline.evaluate(make_batches(1))
+    tables = [part.embedding for part in pipeline.parts.values() if part.embedding is not None]
+    assert tied.copies == ({"embedding.weight": 2} if len(tables) == 1 else {})
+    return [table.weight.detach() for table in tables]
+
+
+@pytest.mark.parametrize("schedule", ["1f1b", "interleaved_1f1b", "zero_bubble_v"])
+def test_tied_copies_stay_equal(worlds: Worlds, schedule: str) -> None:
+    """To the bit, when every parameter of a rank is updated once by its name."""
+    ranks = worlds(4).run(tied_copies_after_an_update, make_config(schedule, model={"tie_embeddings": True}))
+    first, last = (table for rank in ranks for table in rank)
+    assert torch.equal(first, last)
+
+
+def receive_buffers(config: Config) -> int:
+    pipeline, _ = make_pipeline(config, whole_model(config))
+    pipeline.forward_backward(make_batches(8), 1.0)
+    ((_, stages),) = pipeline._plans.values()
+    infos = [info for stage in stages for received in (stage.args_recv_info, stage.grad_recv_info) for info in received.values()]
+    return sum(item.buffer is not None and item.buffer.device.type != "meta" for info in infos for item in info)
+
+
+@pytest.mark.parametrize("schedule", ["1f1b", "dualpipe_v"])
+def test_no_receive_buffer_outlives_its_use(worlds: Worlds, schedule: str) -> None:
+    assert worlds(4).run(receive_buffers, make_config(schedule)) == [0, 0, 0, 0]
+
+
+class Collectives(TorchDispatchMode):
+    """Counts collectives of FSDP by their operators' names."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.calls: Counter[str] = Counter()
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func.namespace == "c10d":
+            self.calls[func.name()] += 1
+        return func(*args, **(kwargs or {}))
+
+
+def with_fsdp(config: Config, dtype: torch.dtype) -> dict[str, float]:
+    """Collectives per sharded module, of which there is one per layer and one for the rest of every stage."""
+    whole = whole_model(config, dtype)
+    pipeline, _ = make_pipeline(config, whole)
+    dp_rank = make_layout(config, 4).dp_rank(dist.get_rank())
+    both = make_batches(2 * 8)
+    for _ in range(2):
+        mine = both[dp_rank::2]
+        expected = one_device(whole, both, 1 / 700)
+        with Collectives() as watch:
+            loss = pipeline.forward_backward(mine, 1 / 700)
+        total = loss.clone()
+        dist.all_reduce(total)
+        tolerance = {"rtol": 1e-5, "atol": 1e-7} if dtype == torch.float32 else {"rtol": 0.05, "atol": 1e-3}
+        torch.testing.assert_close(total / config.parallel.pp, expected, **tolerance)
+        wanted = dict(whole.named_parameters())
+        for part in pipeline.parts.values():
+            for name, parameter in part.named_parameters():
+                assert isinstance(parameter.grad, DTensor)
+                torch.testing.assert_close(2 * parameter.grad.full_tensor(), wanted[name].grad, **tolerance)
+                parameter.grad = None
+        whole.zero_grad()
+    modules = sum(len(part.layers) + 1 for part in pipeline.parts.values())
+    return {name: count / modules for name, count in watch.calls.items()}
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("zero_stage", [1, 3])
+@pytest.mark.parametrize("schedule", UNEVEN)
+def test_fully_sharded_parameters(worlds: Worlds, schedule: str, zero_stage: int, dtype: torch.dtype) -> None:
+    config = make_config(schedule, pp=2, dp_shard=2, zero_stage=zero_stage)
+    for calls in worlds(4).run(with_fsdp, config, dtype):
+        print(schedule, zero_stage, dtype, calls)
