@@ -4,6 +4,7 @@ import copy
 import functools
 import itertools
 from collections.abc import Callable, Iterator
+from importlib.util import find_spec
 from typing import Any
 
 import pangu_kernels
@@ -71,9 +72,9 @@ def attention_and_gradients(attend: Callable[..., Any], inputs: list[Tensor], d_
 
 
 def attention_errors(
-    size: int, exchange: Exchange, lengths: list[int], heads: tuple[int, int], dtype: torch.dtype
+    size: int, exchange: Exchange, lengths: list[int], heads: tuple[int, int], dtype: torch.dtype, device: str = "cpu"
 ) -> tuple[float, float]:
-    """Of context parallelism and of one device in the same dtype, both against one device in fp64."""
+    """Of context parallelism and of one CPU in the same dtype, both against one CPU in fp64."""
     cu_seqlens = boundaries(lengths)
     inputs = [torch.randn(sum(lengths), count, 8).to(dtype) for count in (heads[0], heads[1], heads[1], heads[0])]
 
@@ -88,11 +89,11 @@ def attention_errors(
 
     expected = attention_and_gradients(one_device, [x.double() for x in inputs[:3]], inputs[3].double())
     alone = attention_and_gradients(one_device, inputs[:3], inputs[3])
-    shares = [x[rows] for x in inputs]
+    shares = [x[rows].to(device) for x in inputs]
     together = attention_and_gradients(spread, shares[:3], shares[3])
     assert [x.dtype for x in together] == [x.dtype for x in alone]
     return (
-        max(error(x, y[rows]) for x, y in zip(together, expected, strict=True)),
+        max(error(x.cpu(), y[rows]) for x, y in zip(together, expected, strict=True)),
         max(error(x, y) for x, y in zip(alone, expected, strict=True)),
     )
 
@@ -136,18 +137,21 @@ def loss_and_gradients(model: Transformer, batch: Batch) -> tuple[Tensor, dict[s
     return loss.detach(), grads
 
 
-def model_errors(size: int, exchange: Exchange, lengths: list[int], local_filter: str) -> dict[str, float]:
+def model_errors(
+    size: int, exchange: Exchange, lengths: list[int], local_filter: str, device: str = "cpu"
+) -> dict[str, float]:
     """Of the loss and of each parameter's gradient, summed over ranks."""
     batch = random_batch(lengths)
     model = random_model(model_config(local_filter))
-    spread = copy.deepcopy(model)
+    spread = copy.deepcopy(model).to(device)
     group = group_of(size)
     apply_context_parallel(spread, group, exchange)
     expected_loss, expected = loss_and_gradients(model, batch)
-    loss, grads = loss_and_gradients(spread, shard_batch(batch, dist.get_rank(group), size))
+    loss, grads = loss_and_gradients(spread, shard_batch(batch, dist.get_rank(group), size).to(device))
     for tensor in (loss, *grads.values()):
         dist.all_reduce(tensor, group=group)
-    return {"loss": error(loss, expected_loss), **{name: error(grads[name], expected[name]) for name in expected}}
+    errors = {name: error(grads[name].cpu(), expected[name]) for name in expected}
+    return {"loss": error(loss.cpu(), expected_loss), **errors}
 
 
 def halo_traffic(size: int, lengths: list[int]) -> tuple[int, int]:
@@ -234,6 +238,20 @@ def test_generation_with_a_cache_is_refused(worlds: Callable[[int], World]) -> N
     assert set(worlds(4).run(refuse_generation)) == {
         "generation with a cache has no context-parallel form; set parallel.cp to 1"
     }
+
+
+@pytest.mark.ascend
+@pytest.mark.skipif(find_spec("torch_npu") is None, reason="torch_npu is not installed")
+@pytest.mark.parametrize("documents", DOCUMENTS)
+@pytest.mark.parametrize("exchange", EXCHANGES)
+def test_emulated_npus_equal_one_cpu(exchange: Exchange, documents: str, worlds: Callable[..., World]) -> None:
+    """With torch_npu's fused attention, and hccl."""
+    world, lengths = worlds(4, "npu"), DOCUMENTS[documents]
+    for size in (2, 4):
+        errors = world.run(attention_errors, size, exchange, lengths, (4, 2), torch.float32, "npu")
+        assert max(together for together, _ in errors) < TOLERANCES[torch.float32]
+    for model in world.run(model_errors, 4, exchange, lengths, "two_convolutions_norm", "npu"):
+        assert max(model.values()) < 1e-5, model
 
 
 # ---- without devices or a network

@@ -1,4 +1,4 @@
-"""A world of gloo processes that tests share: starting one takes seconds, a check in it takes milliseconds."""
+"""A world of processes that tests share: starting one takes seconds, a check in it takes milliseconds."""
 
 import os
 import tempfile
@@ -13,6 +13,8 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
+from pangu.device.cann_emulator import install
+
 
 class World:
     """`size` processes, started when first needed, each with torch.distributed initialized while it runs a function.
@@ -21,9 +23,13 @@ class World:
     rank's connections, and all ranks begin the next function with fresh process groups.
     """
 
-    def __init__(self, size: int, timeout: float = 120.0) -> None:
-        """timeout, in seconds, is of a collective; a function may take twice as long."""
+    def __init__(self, size: int, device: str = "cpu", timeout: float = 120.0) -> None:
+        """device is cpu, with gloo, or npu: an emulated one for each rank, with hccl.
+
+        timeout, in seconds, is of a collective; a function may take twice as long.
+        """
         self.size = size
+        self.device = device
         self.timeout = timeout
         self._folder = tempfile.TemporaryDirectory()
         self._ranks: list[tuple[Any, Connection]] = []
@@ -67,9 +73,8 @@ class World:
         store = str(Path(self._folder.name) / "store")
         for rank in range(self.size):
             pipe, remote_pipe = context.Pipe()
-            process = context.Process(
-                target=_serve, args=(rank, self.size, self.timeout, store, remote_pipe), daemon=True
-            )
+            arguments = (rank, self.size, self.device, self.timeout, store, remote_pipe)
+            process = context.Process(target=_serve, args=arguments, daemon=True)
             process.start()
             remote_pipe.close()  # so that its end is noticed here
             self._ranks.append((process, pipe))
@@ -88,7 +93,12 @@ class World:
             return False, f"the process died with exit code {process.exitcode}"
 
 
-def _serve(rank: int, size: int, timeout: float, store: str, pipe: Connection) -> None:
+def _serve(rank: int, size: int, device: str, timeout: float, store: str, pipe: Connection) -> None:
+    backend = "gloo"
+    if device == "npu":
+        install(asynchronous=True)
+        torch.get_device_module("npu").set_device(rank)
+        backend = "cpu:gloo,npu:hccl"
     current = None
     while (task := pipe.recv()) is not None:
         generation, function, args = task
@@ -96,7 +106,7 @@ def _serve(rank: int, size: int, timeout: float, store: str, pipe: Connection) -
             _destroy_groups()
             prefixed = dist.PrefixStore(str(generation), dist.FileStore(store, size))
             dist.init_process_group(
-                "gloo", store=prefixed, rank=rank, world_size=size, timeout=timedelta(seconds=timeout)
+                backend, store=prefixed, rank=rank, world_size=size, timeout=timedelta(seconds=timeout)
             )
             current = generation
         torch.manual_seed(0)
