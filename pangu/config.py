@@ -239,16 +239,19 @@ class TrainConfig:
     """Held-out sequences per domain and validation."""
     deterministic: bool = True
     """Refuse operations whose result varies from run to run."""
+    hang_seconds: float = Field(default=0.0, ge=0)
+    """A step that takes longer leaves every rank's stacks and collectives in RUN/hangs, and the slowest rank is named on
+    the console. Set it below parallel.timeout_seconds, which ends the job. 0: no bound."""
 
 
 @dataclass(frozen=True, kw_only=True, config=_STRICT)
 class RecomputeConfig:
     mode: Literal["none", "selective", "full"] | tuple[Literal["none", "selective", "full"], ...] = "none"
-    """What backward computes again instead of keeping. selective: norms, activations and the inputs of attention, which
-    are cheap. full: whole layers. One value, or one per pipeline rank."""
+    """What backward computes again instead of keeping. selective: what norms and activations give to matmuls, which is
+    cheap and needs no communication. full: whole layers. One value, or one per pipeline rank."""
     layers: tuple[int, ...] = ()
-    """Recompute only the first so many layers of a rank's stages (Yuan 2.0's block recomputation): one number for every
-    pipeline rank, or one each. Empty: all layers."""
+    """Recompute only the first so many layers of each of a rank's stages (Yuan 2.0's block recomputation): one number
+    for every pipeline rank, or one each. Empty: all layers."""
 
 
 @dataclass(frozen=True, kw_only=True, config=_STRICT)

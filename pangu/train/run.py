@@ -13,6 +13,7 @@ from pangu.train.checkpoint import load_checkpoint
 CONFIG = "config.toml"
 TOKENIZER = "tokenizer.model"
 CHECKPOINTS = "checkpoints"
+HANGS = "hangs"
 
 
 def run_config(run: Path) -> Config:

@@ -28,10 +28,11 @@ from pangu.train.checkpoint import Checkpointer, complete_steps
 from pangu.train.meter import Meter
 from pangu.train.optimizer import AdamW, clip_scale
 from pangu.train.report import Report
-from pangu.train.run import CHECKPOINTS, CONFIG, TOKENIZER
+from pangu.train.run import CHECKPOINTS, CONFIG, HANGS, TOKENIZER
 from pangu.train.signals import stop_signals
 from pangu.train.spikes import SpikeDetector
 from pangu.train.statistics import LayerStatistics
+from pangu.train.watchdog import Watchdog, spread
 
 
 def train(config: Config, output: Path, *, resume: bool = False) -> bool:
@@ -126,14 +127,21 @@ class Trainer:
             Report(self.output, self.config.metrics, first_step, total_steps, speaks=self.speaks) as report,
             self.loader.prefetch(first_step) as prefetcher,
             stop_signals() as received,
+            Watchdog(
+                self.output / HANGS, self.config.train.hang_seconds, self.model.layout, self.model.rank, self.target
+            ) as watchdog,
         ):
             report.header(self._describe())
             self.meter.restart()
             stopping = False
             while self.counters.step < total_steps and not stopping:
                 position = self.schedule.at(self.counters.step)
-                result = self.step(position, list(prefetcher.batches(position.step)))
-                report.write("step", self.counters.step, **self._measurements(position, result))
+                with watchdog.step(position.step):
+                    result = self.step(position, list(prefetcher.batches(position.step)))
+                measurements = self._measurements(position, result)
+                if self.model.layout.world_size > 1:
+                    measurements |= spread(watchdog.busy_seconds, self.target)
+                report.write("step", self.counters.step, **measurements)
                 if result.statistics:
                     report.write("statistics", self.counters.step, **result.statistics)
                 stopping = self.model.any_rank(bool(received))
