@@ -16,6 +16,8 @@ from pangu.parallel.data import apply_fsdp, set_last_micro_batch
 from pangu.parallel.gradients import local_gradients, squared_norm, sum_over
 from pangu.parallel.layout import Layout
 from pangu.parallel.mesh import Mesh, make_mesh
+from pangu.parallel.pipeline import Pipeline, TiedEmbedding, split
+from pangu.parallel.recompute import apply_recompute
 from pangu.parallel.shards import init_shards
 from pangu.parallel.tensor import apply_tensor_parallel, partial_gradients
 
@@ -33,7 +35,9 @@ def build_parts(config: Config, layout: Layout, mesh: Mesh | None, target: torch
     with torch.device("meta"):
         whole = Transformer(config.model)
     whole.compute_dtype = DTYPES[config.train.dtype]
-    parts = [whole]
+    pp_rank = 0 if mesh is None else mesh.coordinates["pp"]
+    parts = [whole] if layout.pp == 1 else [split(whole, layout, stage) for stage in layout.stages_of(pp_rank)]
+    apply_recompute(parts, config.parallel.recompute, pp_rank)
     for part in parts:
         if mesh is not None:
             _distribute(part, config, mesh)
@@ -64,8 +68,8 @@ class ParallelModel:
         self.target = target
         self.mesh = make_mesh(layout, target.type) if layout.world_size > 1 else None
         self.parts = build_parts(config, layout, self.mesh, target)
-        self.pipeline: Any = None
-        self.tied: Any = None
+        self.pipeline = Pipeline(self.parts, self.mesh, config) if self.mesh and layout.pp > 1 else None
+        self.tied = TiedEmbedding(self.parts, self.mesh) if self.mesh and self.pipeline else None
         self.parameters: dict[str, nn.Parameter] = {}
         for part in self.parts:
             self.parameters |= dict(part.named_parameters())
@@ -164,9 +168,9 @@ class ParallelModel:
         return whole
 
     def _loss(self, batch: Batch) -> Tensor:
-        return self.parts[0].loss(batch.tokens, batch.labels, batch.position_ids, batch.cu_seqlens, batch.loss_weights)[
-            0
-        ]
+        part, weights = self.parts[0], batch.loss_weights
+        loss_sum, _ = part.loss(batch.tokens, batch.labels, batch.position_ids, batch.cu_seqlens, weights)
+        return loss_sum
 
     def _mine(self, batch: Batch) -> Batch:
         if self.mesh is not None and self.mesh.cp_group is not None:
