@@ -123,10 +123,11 @@ def make_layout(config: Config, world_size: int, first_step: int = 0) -> Layout:
         )
     _check_tensor_parallel(config.model, parallel)
     _check_pipeline(config, parallel)
+    _check_recompute(parallel)
     layout = Layout(
         **sizes,
         stage_layers=parallel.pipeline_layers or balanced_layers(config.model, num_stages(parallel)),
-        v_shaped=parallel.pipeline_schedule in V_SHAPED,
+        v_shaped=parallel.pp > 1 and parallel.pipeline_schedule in V_SHAPED,
         devices_per_node=parallel.devices_per_node,
     )
     _check_data(config, layout, first_step)
@@ -211,6 +212,19 @@ def _check_pipeline(config: Config, parallel: ParallelConfig) -> None:
         )
 
 
+def _check_recompute(parallel: ParallelConfig) -> None:
+    mode, layers = parallel.recompute.mode, parallel.recompute.layers
+    counts = {"mode": 1 if isinstance(mode, str) else len(mode), "layers": len(layers) or 1}
+    for field, count in counts.items():
+        if count not in (1, parallel.pp):
+            raise ConfigError(
+                f"parallel.recompute.{field} has {count} entries for parallel.pp {parallel.pp} ranks of a pipeline; "
+                "give one for each, or one for all"
+            )
+    if min(layers, default=0) < 0:
+        raise ConfigError(f"parallel.recompute.layers {list(layers)} must not be negative")
+
+
 def _check_data(config: Config, layout: Layout, first_step: int) -> None:
     micro_batch = config.train.micro_batch_size
     shards = layout.cp * (layout.tp if config.parallel.sequence_parallel else 1)
@@ -231,11 +245,15 @@ def _check_micro_batches(config: Config, layout: Layout, name: str, batch_size: 
         f"{name} {batch_size} / (train.micro_batch_size {config.train.micro_batch_size} x {layout.dp} data-parallel "
         f"ranks) = {count} micro-batches"
     )
+    if pp == 1:
+        return
+    least = {"1f1b": ("parallel.pp", pp), "dualpipe_v": ("2 x parallel.pp", 2 * pp)}
+    if schedule in least and count < least[schedule][1]:
+        what, number = least[schedule]
+        raise ConfigError(f"{arithmetic}, but {schedule!r} needs at least {what} = {number}")
     rounds = max(1, count // pp)  # torch.distributed.pipelining interleaves whole rounds of micro-batches
-    if pp > 1 and schedule.startswith("interleaved") and count % rounds:
+    if schedule.startswith("interleaved") and count % rounds:
         raise ConfigError(f"{arithmetic}, which {schedule!r} cannot deal over {rounds} rounds; try {rounds * pp}")
-    if pp > 1 and schedule == "dualpipe_v" and count < 2 * pp:
-        raise ConfigError(f"{arithmetic}, but 'dualpipe_v' needs at least 2 x parallel.pp = {2 * pp}")
 
 
 def _check_nodes(parallel: ParallelConfig, layout: Layout) -> None:

@@ -27,7 +27,8 @@ def apply_recompute(parts: Sequence[Transformer], recompute: RecomputeConfig, pp
 
     Results are those without recomputation, to the bit where the same kernel gives the same bits twice.
     """
-    mode = recompute.mode if isinstance(recompute.mode, str) else recompute.mode[pp_rank]
+    modes = (recompute.mode,) if isinstance(recompute.mode, str) else recompute.mode
+    mode = modes[pp_rank if len(modes) > 1 else 0]
     if mode == "none":
         return
     wrap = _full if mode == "full" else _selective
