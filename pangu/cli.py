@@ -63,6 +63,8 @@ def _add_train(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") 
     command.add_argument("--resume", action="store_true", help="go on from RUN's newest complete checkpoint, if any")
     command.add_argument("--device", help="short for --train.device")
     command.add_argument("--emulate", action="store_true", help="with --device npu: torch_npu on an emulated CANN")
+    command.add_argument("--check", action="store_true", help="only say whether layout and data fit; needs no devices")
+    command.add_argument("--world-size", type=int, metavar="N", help="with --check: ranks of the job")
     command.set_defaults(run=_train)
 
 
@@ -75,6 +77,11 @@ def _load_config(options: argparse.Namespace) -> "Config":
 
 def _train(options: argparse.Namespace) -> int:
     config = _load_config(options)
+    if options.check:
+        from pangu.train.check import check
+
+        print("\n".join(check(config, options.world_size)))
+        return 0
     if options.emulate:
         if config.train.device != "npu":
             raise ConfigError(f"--emulate is for --device npu, not for {config.train.device!r}")

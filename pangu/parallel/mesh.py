@@ -1,6 +1,8 @@
 """The processes of a run, and their groups along every dimension of the layout."""
 
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
 
@@ -70,18 +72,25 @@ def environment_rank() -> tuple[int, int, int]:
     return rank, world_size, local_rank
 
 
-def connect(target: torch.device, parallel: ParallelConfig) -> None:
-    """Join the default process group, on the collective backend of `target`, unless this process has one already.
+@contextmanager
+def connected(target: torch.device, parallel: ParallelConfig, world_size: int) -> Iterator[None]:
+    """Inside, this process is in the default process group, on the collective backend of `target`.
 
-    Tensors on the CPU travel over gloo whatever the device: control messages need no accelerator.
+    One that is there already is used and left; a single process needs none. Tensors on the CPU travel over gloo whatever
+    the device: control messages need no accelerator.
     """
-    if dist.is_initialized():
+    if world_size == 1 or dist.is_initialized():
+        yield
         return
     backend = device.collective_backend(target)
     dist.init_process_group(
         backend if target.type == "cpu" else f"cpu:gloo,{target.type}:{backend}",
         timeout=timedelta(seconds=parallel.timeout_seconds),
     )
+    try:
+        yield
+    finally:
+        dist.destroy_process_group()
 
 
 def make_mesh(layout: Layout, device_type: str) -> Mesh:

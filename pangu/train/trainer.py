@@ -3,13 +3,11 @@
 import math
 import signal
 from collections.abc import Sequence
-from contextlib import ExitStack
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-import torch.distributed as dist
 
 from pangu import __version__, device
 from pangu import config as configuration
@@ -22,7 +20,7 @@ from pangu.errors import ConfigError, TrainingError
 from pangu.files import write_atomically
 from pangu.model.count import num_parameters
 from pangu.parallel.layout import Layout, make_layout
-from pangu.parallel.mesh import connect, environment_rank
+from pangu.parallel.mesh import connected, environment_rank
 from pangu.parallel.model import ParallelModel
 from pangu.train.checkpoint import Checkpointer, complete_steps
 from pangu.train.meter import Meter
@@ -55,11 +53,10 @@ def train(config: Config, output: Path, *, resume: bool = False) -> bool:
     target = device.select(config.train.device, local_rank)
     schedule = Schedule(config)
     loader = Loader(config, schedule, layout.dp_rank(rank), layout.dp, first_step)
-    with ExitStack() as stack:
-        if world_size > 1:
-            connect(target, config.parallel)
-            stack.callback(dist.destroy_process_group)
-        checkpointer = stack.enter_context(Checkpointer(output / CHECKPOINTS, config.checkpoint))
+    with (
+        connected(target, config.parallel, world_size),
+        Checkpointer(output / CHECKPOINTS, config.checkpoint) as checkpointer,
+    ):
         trainer = Trainer(config, output, target, schedule, loader, checkpointer, layout)
         if resume:
             trainer.restore()
