@@ -240,8 +240,8 @@ class TrainConfig:
     deterministic: bool = True
     """Refuse operations whose result varies from run to run."""
     hang_seconds: float = Field(default=0.0, ge=0)
-    """A step that takes longer leaves every rank's stacks and collectives in RUN/hangs, and the slowest rank is named on
-    the console. Set it below parallel.timeout_seconds, which ends the job. 0: no bound."""
+    """A step that takes longer leaves every rank's stacks and collectives in RUN/hangs, and the slowest rank is named
+    on the console. Set it below parallel.timeout_seconds, which ends the job. 0: no bound."""
 
 
 @dataclass(frozen=True, kw_only=True, config=_STRICT)

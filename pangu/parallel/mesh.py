@@ -76,8 +76,8 @@ def environment_rank() -> tuple[int, int, int]:
 def connected(target: torch.device, parallel: ParallelConfig, world_size: int) -> Iterator[None]:
     """Inside, this process is in the default process group, on the collective backend of `target`.
 
-    One that is there already is used and left; a single process needs none. Tensors on the CPU travel over gloo whatever
-    the device: control messages need no accelerator.
+    One that is there already is used and left; a single process needs none. Tensors on the CPU travel over gloo
+    whatever the device: control messages need no accelerator.
     """
     if world_size == 1 or dist.is_initialized():
         yield

@@ -7,11 +7,12 @@ from pangu.cli import main
 from pangu.errors import ConfigError
 from pangu.train.check import check
 
+TP4 = ("--parallel.tp", "4")
+
 IMPOSSIBLE = {
     "heads": (["--parallel.tp", "3"], r"model.num_attention_heads 4 is not divisible by parallel.tp 3 \(remainder 1\)"),
     "key heads": (
-        ["--model.num_attention_heads", "12", "--model.num_key_value_heads", "6", "--model.head_dim", "16"]
-        + ["--parallel.tp", "4"],
+        ["--model.num_attention_heads", "12", "--model.num_key_value_heads", "6", "--model.head_dim", "16", *TP4],
         r"num_key_value_heads 6 can neither be dealt over parallel.tp 4",
     ),
     "vocabulary": (["--model.vocab_size", "511", "--parallel.tp", "2"], "model.vocab_size 511 is not divisible"),
