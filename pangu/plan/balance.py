@@ -5,33 +5,41 @@ micro-batches, or the embedding or the head, get fewer layers.
 """
 
 import math
-from collections.abc import Sequence
+import operator
+from collections.abc import Callable, Sequence
+
+_MEMORY_WEIGHT = 1e-3
+"""Of memory beside time, where both are shares of their limits: memory only decides between equal times."""
 
 
 def deal_layers(num_layers: int, seconds: Sequence[Sequence[float]], memory: Sequence[Sequence[float]]) -> list[int]:
-    """Layers per rank, `num_layers` in all, with the least time of the slowest rank and then the least fill.
+    """Layers per rank, `num_layers` in all: the least time of the slowest rank, and then ranks as even as possible.
 
     `seconds[rank][n]` is a rank's time per micro-batch with n layers, `memory[rank][n]` its peak memory as a share of
-    what there is; n layers on a rank are possible when that is at most 1. Exact for any such tables. Returns an empty
-    list when nothing fits.
+    what there is; n layers on a rank are possible when that is at most 1. Even means the least sum of squared times, of
+    equals the least sum of squared memory. Exact for any such tables. Returns an empty list when nothing fits.
     """
     allowed = [
         [second if share <= 1 else math.inf for second, share in zip(*rank, strict=True)]
         for rank in zip(seconds, memory, strict=True)
     ]
-    slowest = _deal(num_layers, allowed)
-    if not slowest:
+    slowest, _ = _deal(num_layers, allowed, max)
+    if math.isinf(slowest):
         return []
-    bound = max(allowed[rank][n] for rank, n in enumerate(slowest))
-    shares = [
-        [share if second <= bound else math.inf for second, share in zip(*rank, strict=True)]
+    unevenness = [
+        [
+            (second / slowest) ** 2 + _MEMORY_WEIGHT * share**2 if second <= slowest else math.inf
+            for second, share in zip(*rank, strict=True)
+        ]
         for rank in zip(allowed, memory, strict=True)
     ]
-    return _deal(num_layers, shares)
+    return _deal(num_layers, unevenness, operator.add)[1]
 
 
-def _deal(num_layers: int, cost: Sequence[Sequence[float]]) -> list[int]:
-    """Layers per rank with the least maximum of cost[rank][n]; empty when every way has an infinite one."""
+def _deal(
+    num_layers: int, cost: Sequence[Sequence[float]], combine: Callable[[float, float], float]
+) -> tuple[float, list[int]]:
+    """The least combined cost, and layers per rank that have it, of all ways to deal the layers."""
     best = [0.0] + [math.inf] * num_layers  # by layers dealt so far
     choices: list[list[int]] = []
     for rank_cost in cost:
@@ -40,18 +48,16 @@ def _deal(num_layers: int, cost: Sequence[Sequence[float]]) -> list[int]:
             if math.isinf(own):
                 continue
             for dealt in range(num_layers - n + 1):
-                worst = max(best[dealt], own)
-                if worst < following[dealt + n]:
-                    following[dealt + n], chosen[dealt + n] = worst, n
+                total = combine(best[dealt], own)
+                if total < following[dealt + n]:
+                    following[dealt + n], chosen[dealt + n] = total, n
         best = following
         choices.append(chosen)
-    if math.isinf(best[num_layers]):
-        return []
     layers, left = [], num_layers
     for chosen in reversed(choices):
         layers.append(chosen[left])
         left -= chosen[left]
-    return layers[::-1]
+    return best[num_layers], layers[::-1]
 
 
 def split_among_stages(layers: int, extra_loads: Sequence[float]) -> list[int]:
