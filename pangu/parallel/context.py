@@ -23,12 +23,11 @@ import torch.distributed as dist
 from pangu_kernels.precision import accumulation_dtype, widen
 from torch import Tensor
 
-from pangu.config import ModelConfig
 from pangu.errors import ConfigError
 from pangu.model.local_filter import Convolution, TwoConvolutions, filter_context
 from pangu.model.transformer import Block, Transformer
 from pangu.parallel import context_layout
-from pangu.parallel.context_layout import Integers, Partition, partition
+from pangu.parallel.context_layout import Integers, Partition, check_context_parallel, partition
 
 Exchange = Literal["ring", "all_gather"]
 
@@ -56,15 +55,6 @@ def apply_context_parallel(model: Transformer, group: dist.ProcessGroup, exchang
         local_filter = block.attention.local_filter
         if isinstance(local_filter, TwoConvolutions | Convolution):
             local_filter.convolve = context.with_halo(local_filter.convolve, look_back)
-
-
-def check_context_parallel(model: ModelConfig, size: int) -> None:
-    """Raise `ConfigError` where the model has no context-parallel form."""
-    if size > 1 and filter_context(model, unbounded=-1) < 0:
-        raise ConfigError(
-            f"model.local_filter {model.local_filter!r} depends on the whole document before a token, which "
-            "parallel.cp spreads over ranks; set parallel.cp to 1"
-        )
 
 
 class ContextParallel:

@@ -20,8 +20,10 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import _disable_current_modes
 
+from pangu.config import ModelConfig
 from pangu.data.batch import Batch
 from pangu.errors import ConfigError
+from pangu.model.local_filter import filter_context
 
 Integers = npt.NDArray[np.int64]
 
@@ -78,6 +80,15 @@ class Partition:
         """Attention's work on the busiest rank over the mean, 1.0 at best."""
         work = self.pair_work()
         return float(work.max() / work.mean())
+
+
+def check_context_parallel(model: ModelConfig, size: int) -> None:
+    """Raise `ConfigError` where the model has no context-parallel form."""
+    if size > 1 and filter_context(model, unbounded=-1) < 0:
+        raise ConfigError(
+            f"model.local_filter {model.local_filter!r} depends on the whole document before a token, which "
+            "parallel.cp spreads over ranks; set parallel.cp to 1"
+        )
 
 
 def partition(cu_seqlens: Tensor, size: int) -> Partition:

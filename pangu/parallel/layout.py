@@ -14,6 +14,7 @@ from pangu.config import Config, ModelConfig, ParallelConfig
 from pangu.data.schedule import Schedule
 from pangu.errors import ConfigError
 from pangu.model.count import layer_parameters
+from pangu.parallel.context_layout import check_context_parallel
 
 DIMENSIONS = ("pp", "dp_replicate", "dp_shard", "cp", "tp")
 """From the outermost to the innermost."""
@@ -122,6 +123,7 @@ def make_layout(config: Config, world_size: int, first_step: int = 0) -> Layout:
             "them, or set parallel.dp_shard to 0 for all that remain"
         )
     _check_tensor_parallel(config.model, parallel)
+    check_context_parallel(config.model, parallel.cp)
     _check_pipeline(config, parallel)
     _check_recompute(parallel)
     layout = Layout(

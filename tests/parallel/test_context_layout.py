@@ -1,5 +1,6 @@
 """Who holds which tokens: exact for any documents, and balanced."""
 
+import dataclasses
 from itertools import accumulate, pairwise
 
 import numpy as np
@@ -8,9 +9,11 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from pangu.config import load
 from pangu.data.batch import Batch
 from pangu.errors import ConfigError
 from pangu.parallel.context_layout import Partition, backs, boundaries, fronts, halo, partition, prefixes, shard_batch
+from pangu.parallel.layout import make_layout
 
 
 def boundaries_of(lengths: list[int]) -> torch.Tensor:
@@ -159,3 +162,10 @@ def test_a_batch_is_cut_by_rows_and_keeps_its_boundaries() -> None:
 def test_indivisible_tokens_are_refused_with_the_arithmetic() -> None:
     with pytest.raises(ConfigError, match=r"parallel.cp 4 does not divide the 7 tokens .* remainder 3"):
         partition(boundaries_of([5, 2]), 4)
+
+
+def test_a_filter_without_bounds_is_refused_before_any_process_exists() -> None:
+    config = load("debug", ["--model.local_filter", "exponential_moving_average", "--model.num_key_value_heads", "4"])
+    config = dataclasses.replace(config, parallel=dataclasses.replace(config.parallel, cp=2))
+    with pytest.raises(ConfigError, match=r"model.local_filter 'exponential_moving_average' .* set parallel.cp to 1"):
+        make_layout(config, 2)
