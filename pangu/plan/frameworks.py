@@ -6,58 +6,97 @@ from typing import Any
 from pangu.plan.hardware import Cluster
 from pangu.plan.job import Framework
 
-MEGATRON = Framework("megatron-core", slices_sends=True)
 FRAMEWORKS = {
-    "megatron-core": MEGATRON,
-    "megatron-2021": Framework(
-        "megatron-2021",
-        fused_attention=False,
-        fused_cross_entropy=False,
-        gradient_bytes=2,
-        waits_for_sends=True,
-    ),
-    "mindspeed": Framework("mindspeed", fused_cross_entropy=False, waits_for_sends=True),
-    "mindformers": Framework(
-        "mindformers",
-        fused_cross_entropy=False,
-        compiled=True,
-        gradient_bytes=2,
-        waits_for_sends=True,
-        asynchronous_linear=False,
-    ),
-    "torchtitan": Framework(
-        "torchtitan", fused_elementwise=False, fused_cross_entropy=False, fsdp=True, asynchronous_linear=False
-    ),
-    "llm-foundry": Framework(
-        "llm-foundry", fused_elementwise=False, fused_cross_entropy=False, fsdp=True, fused_gradient_accumulation=False
-    ),
-    "megatron-deepspeed": Framework(
-        "megatron-deepspeed",
-        fused_attention=False,
-        fused_cross_entropy=False,
-        gradient_bytes=2,
-        waits_for_sends=True,
-        slices_sends=True,
-        fused_gradient_accumulation=False,
-        asynchronous_linear=False,
-        all_reduces_gradients=True,
-    ),
-    "deepspeed-zero3": Framework(
-        "deepspeed-zero3",
-        fused_attention=False,
-        fused_cross_entropy=False,
-        gradient_bytes=2,
-        fsdp=True,
-        network_flows=1,
-    ),
-    "internevo": Framework(
-        "internevo",
-        fused_cross_entropy=False,
-        gradient_bytes=2,
-        fused_gradient_accumulation=False,
-        all_reduces_gradients=True,
-        broadcasts_parameters=True,
-    ),
+    each.name: each
+    for each in (
+        Framework(
+            "megatron-core",
+            fused_cross_entropy=False,
+            keeps="nothing",
+            weight_gradient_copies=True,
+            loss_bytes=(10, 6),
+        ),
+        Framework(
+            "megatron-2021",
+            fused_attention=False,
+            fused_cross_entropy=False,
+            gradient_bytes=2,
+            waits_for_sends=True,
+            loss_bytes=(10, 10),
+        ),
+        Framework(
+            "mindspeed",
+            fused_cross_entropy=False,
+            waits_for_sends=True,
+            keeps="query_key_value",
+            statistics_bytes=64,
+            loss_bytes=(10, 10),
+        ),
+        Framework(
+            "mindformers",
+            fused_cross_entropy=False,
+            compiled=True,
+            gradient_bytes=2,
+            waits_for_sends=True,
+            asynchronous_linear=False,
+            statistics_bytes=64,
+            loss_bytes=(10, 10),
+        ),
+        Framework(
+            "torchtitan",
+            fused_elementwise=False,
+            fused_cross_entropy=False,
+            asynchronous_linear=False,
+            weight_bytes=0,
+            optimizer_bytes=8,
+            loss_bytes=(10, 12),
+            keeps_outputs=True,
+        ),
+        Framework(
+            "llm-foundry",
+            fused_elementwise=False,
+            fused_cross_entropy=False,
+            fused_gradient_accumulation=False,
+            weight_bytes=0,
+            optimizer_bytes=8,
+            loss_bytes=(10, 10),
+        ),
+        Framework(
+            "megatron-deepspeed",
+            fused_attention=False,
+            fused_cross_entropy=False,
+            fused_gradient_accumulation=False,
+            gradient_bytes=2,
+            accumulated_bytes=2,
+            waits_for_sends=True,
+            asynchronous_linear=False,
+            all_reduces_gradients=True,
+            optimizer_bytes=16,
+            loss_bytes=(10, 10),
+            keeps_outputs=True,
+            bucket_bytes=6 * 5e8,
+            fragmentation=0.1,
+        ),
+        Framework(
+            "deepspeed-zero3",
+            fused_attention=False,
+            fused_cross_entropy=False,
+            gradient_bytes=2,
+            network_flows=1,
+            weight_bytes=0,
+            optimizer_bytes=8,
+            loss_bytes=(10, 10),
+        ),
+        Framework(
+            "internevo",
+            fused_cross_entropy=False,
+            fused_gradient_accumulation=False,
+            gradient_bytes=2,
+            accumulated_bytes=2,
+            all_reduces_gradients=True,
+            broadcasts_parameters=True,
+        ),
+    )
 }
 
 _OF_FAMILY = (
@@ -87,6 +126,12 @@ def framework_of(row: dict[str, Any], layout: dict[str, Any], cluster: Cluster) 
         framework = replace(framework, asynchronous_linear=False)
     if layout.get("flash_attn") is not None:
         framework = replace(framework, fused_attention=bool(layout["flash_attn"]))
+    if "cross-entropy fusion" in str(layout.get("overlap")):
+        framework = replace(framework, fused_cross_entropy=True, loss_bytes=(4, 2))
+    if name == "megatron-deepspeed" and "bf16" in str(row.get("precision")):
+        framework = replace(framework, accumulated_bytes=6, optimizer_bytes=12)  # bf16 and fp32 beside it
+    if layout.get("reuse_fp32_param"):
+        framework = replace(framework, optimizer_bytes=10)  # the working copy is half of the master copy
     if layout.get("compile"):
         framework = replace(framework, fused_elementwise=True, fused_cross_entropy=True, compiled=True)
     return framework

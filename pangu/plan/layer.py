@@ -1,6 +1,5 @@
 """Seconds of one transformer block, of the embedding and of the head, for one micro-batch on one device."""
 
-import math
 from dataclasses import dataclass, field, replace
 
 from pangu.plan.job import Job, Recompute
@@ -272,25 +271,3 @@ def embedding(operators: Operators) -> Passes:
         passes.forward.transfer("tp", collective if job.sequence_parallel else 2 * collective)
         passes.backward_input.transfer("tp", collective if job.sequence_parallel else 0.0)
     return passes
-
-
-def layer_parameters(job: Job) -> float:
-    """Of one block on one tensor-parallel rank; norms are on every rank."""
-    model, t = job.model, job.layout.tp
-    h, query, key_value = model.hidden_size, model.query_size, job.local_kv_heads * t * model.head_dim
-    wide = model.intermediate_size * (3 if model.gated else 2)
-    sharded = h * (2 * query + 2 * key_value + wide)
-    if model.local_filter.startswith("two_convolutions"):
-        sharded += 2 * h * h
-    norm = h * (1 if model.rms_norm else 2) * (4 if model.post_norms else 2)
-    biases = 0.0
-    if model.attention_bias:
-        biases += (query + 2 * key_value) / t + h
-    if model.feed_forward_bias:
-        biases += model.intermediate_size * (2 if model.gated else 1) / t + h
-    return sharded / t + norm + biases
-
-
-def table_parameters(job: Job) -> float:
-    """Of the embedding, or of the head, on one tensor-parallel rank."""
-    return math.ceil(job.model.vocab_size / job.layout.tp) * job.model.hidden_size

@@ -74,13 +74,16 @@ def read_row(row: dict[str, Any], hardware: dict[str, Any]) -> Row:
         raise Undefined(f"gbs {batch} is not a multiple of mbs {micro} x dp {layout.dp}")
     family = str(row.get("family", ""))
     framework = framework_of(row, layout_row, cluster)
-    if model.dropout is False and framework.name.startswith("megatron-2021"):
+    if framework.name.startswith("megatron-2021"):
         model = dataclasses.replace(model, dropout=True)
+    if framework.name == "megatron-core" and model_row.get("tied") is None:
+        model = dataclasses.replace(model, tied=False)
     recompute, recompute_layers = _recompute(
         layout_row, "selective" if family.startswith("megascale") else "none", assumed
     )
-    if framework.fsdp and layout.pp > 1:
-        framework = dataclasses.replace(framework, fsdp=False)  # torchtitan keeps parameters gathered under pipelines
+    zero = _zero(layout_row)
+    if framework.weight_bytes == 0 and layout.pp > 1:
+        zero = 1  # torchtitan keeps parameters gathered and gradients whole under pipelines
     precision = str(row.get("precision") or "bf16")
     job = Job(
         model=model,
@@ -90,7 +93,7 @@ def read_row(row: dict[str, Any], hardware: dict[str, Any]) -> Row:
         batch_size=batch,
         schedule=_schedule(layout_row, layout),
         sequence_parallel=bool(layout_row.get("sp")) if layout_row.get("sp") is not None else layout.tp > 1,
-        zero_stage=_zero(layout_row),
+        zero_stage=zero,
         recompute=recompute,
         recompute_layers=recompute_layers,
         precision="fp8" if "fp8" in precision else "bf16" if "bf16" in precision else "fp16",
@@ -138,7 +141,7 @@ def _cluster(hardware: dict[str, Any], assumed: list[str]) -> Cluster:
     watts = re.search(r"(\d+) ?W limit", chip)
     if watts:
         chip_changes["power_w"] = float(watts[1])
-    intra, inter = hardware.get("intra") or {}, hardware.get("inter") or {}
+    inter = hardware.get("inter") or {}
     rate = inter.get("Gbps_per_chip")
     network = cluster.network
     if rate and network:

@@ -4,9 +4,11 @@ from dataclasses import dataclass
 
 from pangu.plan.hardware import Cluster
 from pangu.plan.job import Job
-from pangu.plan.layer import Cost, Passes, block, embedding, head, layer_parameters, recomputed, table_parameters
+from pangu.plan.layer import Cost, Passes, block, embedding, head, recomputed
+from pangu.plan.parameters import layer_parameters, rank_parameters, stage_parameters, table_parameters
 from pangu.plan.operators import Operators
-from pangu.plan.simulate import Durations, Timeline, schedule_order, simulate
+from pangu.plan.simulate import Durations, Order, Timeline, schedule_order, simulate
+from pangu.plan.zero_bubble import LIMITS, zero_bubble_order
 
 
 @dataclass(frozen=True)
@@ -91,8 +93,8 @@ def stage_passes(operators: Operators) -> list[Passes]:
     for stage, layers in enumerate(layout.stage_layers):
         mode, count = job.recompute_of(stage)
         total = _times(modes[mode], count, modes["none"], layers - count)
-        if job.framework.fsdp:
-            total = _with_layer_gathers(operators, total, layers)
+        if job.gathers_every_layer or job.reduces_every_micro_batch:
+            _transfer_layers(operators, total, layers)
         if stage == 0:
             total = _plus(total, embedding(operators))
         if stage == layout.num_stages - 1:
@@ -113,26 +115,25 @@ def _plus(a: Passes, b: Passes) -> Passes:
     return Passes(a.forward + b.forward, a.backward_input + b.backward_input, a.backward_weight + b.backward_weight)
 
 
-def _with_layer_gathers(operators: Operators, passes: Passes, layers: int) -> Passes:
+def _transfer_layers(operators: Operators, passes: Passes, layers: int) -> None:
     """Parameters gathered before a layer's forward and again before its backward, gradients scattered after it."""
     job = operators.job
     size, members, flows = _fsdp_group(operators)
     if size == 1:
-        return passes
-    parameters = layer_parameters(job)
-    gather = operators.gather(size, members, 2 * parameters, flows) * layers
-    scatter = operators.gather(size, members, job.framework.gradient_bytes * parameters, flows) * layers
-    for cost, transfer in (
-        (passes.forward, gather),
-        (passes.backward_input, gather),
-        (passes.backward_weight, scatter),
+        return
+    parameters = layers * layer_parameters(job)
+    gather = scatter = 0.0
+    if job.gathers_every_layer:
+        gather = operators.gather(size, members, 2 * parameters, flows)
+    if job.reduces_every_micro_batch:
+        scatter = operators.gather(size, members, job.framework.gradient_bytes * parameters, flows)
+    backward = passes.backward_input.compute + passes.backward_weight.compute
+    for cost, transfer, compute in (
+        (passes.forward, gather, passes.forward.compute),
+        (passes.backward_input, gather, backward * gather / (gather + scatter)),
+        (passes.backward_weight, scatter, backward * scatter / (gather + scatter)),
     ):
-        compute = cost.compute
-        if cost is not passes.forward:
-            both = passes.backward_input.compute + passes.backward_weight.compute
-            compute = both * transfer / (gather + scatter)
         cost.transfer("dp", transfer, operators.cluster.efficiency.overlap * min(transfer, compute))
-    return passes
 
 
 def _fsdp_group(operators: Operators) -> tuple[int, int, int]:
@@ -173,27 +174,37 @@ def _pipeline(
     if layout.pp == 1:
         seconds = m * sum(stage.total for stage in stages)
         return seconds + sum(transfers[0]) + sum(transfers[1]), seconds, 0.0
-    per_rank = layout.num_stages // layout.pp
     rounds = 4 * layout.pp
-    few = _simulated(job, stages, send, per_rank, m if m <= 2 * rounds else rounds + m % layout.pp, transfers)
+    few = _simulated(job, stages, send, m if m <= 2 * rounds else rounds + m % layout.pp, transfers)
     short = few.order.micro_batches
+    start = _stagger(job, few)
     if short == m:
-        return few.seconds, few.pipeline_seconds, few.bubble_of_step
-    more = _simulated(job, stages, send, per_rank, short + layout.pp, transfers)
+        seconds = few.pipeline_seconds - start
+        return few.seconds - start, seconds, 1 - few.ideal_seconds / seconds
+    more = _simulated(job, stages, send, short + layout.pp, transfers)
     rest = (more.pipeline_seconds - few.pipeline_seconds) / layout.pp * (m - short)
-    seconds = few.pipeline_seconds + rest
-    return few.seconds + rest, seconds, 1 - few.ideal_seconds / short * m / seconds
+    seconds = few.pipeline_seconds - start + rest
+    return few.seconds - start + rest, seconds, 1 - few.ideal_seconds / short * m / seconds
+
+
+def _stagger(job: Job, timeline: Timeline) -> float:
+    """What a step saves where ranks begin the next one as soon as they are done: the whole of the first step's ramp.
+
+    Zero-bubble schedules validate the gradient norm after the optimizer's step, so that no rank waits for all.
+    """
+    if job.schedule not in LIMITS:
+        return 0.0
+    spans = {}
+    for step, start, end in zip(timeline.order.steps, timeline.start, timeline.end, strict=True):
+        first, _ = spans.get(step.rank, (start, end))
+        spans[step.rank] = min(first, start), end
+    return timeline.pipeline_seconds - max(end - start for start, end in spans.values())
 
 
 def _simulated(
-    job: Job,
-    stages: tuple[StageTime, ...],
-    send: float,
-    per_rank: int,
-    m: int,
-    transfers: tuple[list[float], list[float]],
+    job: Job, stages: tuple[StageTime, ...], send: float, m: int, transfers: tuple[list[float], list[float]]
 ) -> Timeline:
-    order = schedule_order(job.schedule, job.layout.pp, per_rank, m)
+    order = pipeline_order(job, m)
     sends = [0.0 if job.framework.waits_for_sends else send] * job.layout.num_stages
     durations = Durations(
         [stage.forward for stage in stages],
@@ -205,22 +216,12 @@ def _simulated(
     return simulate(order, durations)
 
 
-def stage_parameters(job: Job, stage: int) -> float:
-    """Of one device of a stage, before sharding over data-parallel ranks."""
+def pipeline_order(job: Job, micro_batches: int) -> Order:
+    """Order of passes of `micro_batches` micro-batches under the job's schedule."""
     layout = job.layout
-    total = layout.stage_layers[stage] * layer_parameters(job)
-    if stage == 0:
-        total += table_parameters(job) + job.model.learned_positions * job.model.hidden_size
-    if stage == layout.num_stages - 1:
-        total += job.model.hidden_size
-        if not job.model.tied or layout.num_stages > 1:
-            total += table_parameters(job)
-    return total
-
-
-def rank_parameters(job: Job, pp_rank: int) -> float:
-    """Of one device of a pipeline rank, before sharding over data-parallel ranks."""
-    return sum(stage_parameters(job, stage) for stage in job.layout.stages_of(pp_rank))
+    if job.schedule in LIMITS:
+        return zero_bubble_order(job.schedule, layout.pp, micro_batches)
+    return schedule_order(job.schedule, layout.pp, layout.num_stages // layout.pp, micro_batches)
 
 
 def tied_seconds(operators: Operators) -> float:
@@ -242,7 +243,7 @@ def data_parallel(operators: Operators, stages: tuple[StageTime, ...]) -> tuple[
     job = operators.job
     layout, framework = job.layout, job.framework
     size, nothing = layout.dp * layout.cp, [0.0] * layout.num_stages
-    if size == 1 or framework.fsdp:
+    if size == 1:
         return nothing, nothing, 0.0
     members = max(1, min(size, operators.cluster.node.devices // layout.tp))
     hide, flows = operators.cluster.efficiency.overlap, framework.network_flows
@@ -252,6 +253,10 @@ def data_parallel(operators: Operators, stages: tuple[StageTime, ...]) -> tuple[
         gradients = operators.gather(size, members, framework.gradient_bytes * parameters, flows)
         both = 2 * gradients if job.zero_stage == 0 or framework.all_reduces_gradients else gradients
         gather = operators.gather(size, members, 2 * parameters, flows) if job.zero_stage else 0.0
+        if job.gathers_every_layer:
+            gather = 0.0
+        if job.reduces_every_micro_batch:
+            both = 0.0
         if framework.broadcasts_parameters and job.zero_stage:
             gather += layout.dp_shard * operators.latency(layout.dp_shard, members)
         backward = time.backward_input + time.backward_weight
@@ -268,5 +273,5 @@ def optimizer_seconds(operators: Operators) -> float:
     job = operators.job
     parameters = max(rank_parameters(job, rank) for rank in range(job.layout.pp))
     share = parameters / (job.layout.dp_shard * job.layout.cp if job.zero_stage else 1)
-    local = share if job.framework.fsdp or job.zero_stage >= 2 else parameters
+    local = share if job.framework.weight_bytes == 0 or job.zero_stage >= 2 else parameters
     return operators.moving(30 * share + 8 * local)
