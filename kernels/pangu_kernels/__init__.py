@@ -8,8 +8,10 @@ from pangu_kernels.rms_norm import rms_norm
 from pangu_kernels.rope import rope
 from pangu_kernels.sandwich_norm import sandwich_norm
 from pangu_kernels.swiglu import swiglu
+from pangu_kernels.weight_gradient import add_weight_gradient, weight_gradient
 
 __all__ = [
+    "add_weight_gradient",
     "adamw",
     "attention",
     "linear_cross_entropy",
@@ -18,4 +20,5 @@ __all__ = [
     "rope",
     "sandwich_norm",
     "swiglu",
+    "weight_gradient",
 ]

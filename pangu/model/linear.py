@@ -9,15 +9,18 @@ from typing import Any
 
 import torch
 from pangu_kernels.deferred import Deferred
+from pangu_kernels.weight_gradient import Destination, weight_gradient
 from torch import Tensor, nn
 from torch.autograd.graph import GradientEdge, get_gradient_edge
 from torch.nn import functional as F
 
 from pangu.model.local import local
 
+_HALF = (torch.bfloat16, torch.float16)
+
 
 class Linear(nn.Module):
-    """`y = x W^T + b` with fp32 weights and the matmul in x's dtype.
+    """`y = x W^T + b` with fp32 weights and the matmul in x's dtype; gradients of weights are accumulated in fp32.
 
     `out_shape` is one size, or a stack of them: keys and values are `(2, k * d)`, so that a shard of the inner
     dimension holds the same heads of both. The output is always flat, `[T, prod(out_shape)]`.
@@ -31,29 +34,53 @@ class Linear(nn.Module):
         self.deferred: Deferred | None = None
 
     def forward(self, x: Tensor) -> Tensor:
-        weight = local(self.weight).flatten(0, -2).to(x.dtype)
-        bias = None if self.bias is None else local(self.bias).flatten().to(x.dtype)
-        if self.deferred is None or not torch.is_grad_enabled():
-            return F.linear(x, weight, bias)
-        y: Tensor = _DeferredLinear.apply(x, weight, bias, get_gradient_edge(weight), self.deferred)
-        return y
+        weight = local(self.weight)
+        bias = None if self.bias is None else local(self.bias).flatten()
+        if torch.is_grad_enabled() and (x.dtype in _HALF or self.deferred is not None):
+            destination = Destination(weight)
+            if destination.dtype != x.dtype or self.deferred is not None:
+                y: Tensor = _Linear.apply(x, weight, bias, destination, self.deferred)
+                return y
+        return _project(x, weight, bias)
 
 
-class _DeferredLinear(torch.autograd.Function):
+def _project(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    return F.linear(x, weight.flatten(0, -2).to(x.dtype), None if bias is None else bias.to(x.dtype))
+
+
+class _Linear(torch.autograd.Function):
+    """Accumulates the gradients of weight and bias in a dtype that may be wider than x's.
+
+    Of the weight what is kept for backward is the parameter itself: in x's dtype there would be a copy per micro-batch.
+    """
+
     @staticmethod
     def forward(
-        ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, edge: GradientEdge, deferred: Deferred
+        ctx: Any,
+        x: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        destination: Destination,
+        deferred: Deferred | None,
     ) -> Tensor:
         ctx.save_for_backward(x, weight)
-        ctx.edge, ctx.deferred = edge, deferred
-        return F.linear(x, weight, bias)
+        ctx.destination, ctx.deferred = destination, deferred
+        ctx.edge = None if deferred is None else get_gradient_edge(weight)
+        return _project(x, weight, bias)
 
     @staticmethod
     def backward(ctx: Any, d_y: Tensor) -> tuple[Tensor | None, ...]:
         x, weight = ctx.saved_tensors
-        ctx.deferred.add(ctx.edge, lambda: d_y.t() @ x)
-        d_x = d_y @ weight if ctx.needs_input_grad[0] else None
-        return d_x, None, d_y.sum(0) if ctx.needs_input_grad[2] else None, None, None
+        shape, dtype = weight.shape, ctx.destination.dtype
+        d_y = d_y.contiguous()  # autograd expands the gradient of a sum
+        d_x = d_y @ weight.flatten(0, -2).to(d_y.dtype) if ctx.needs_input_grad[0] else None
+        d_weight = None
+        if ctx.deferred is not None:
+            ctx.deferred.add(ctx.edge, lambda: weight_gradient(d_y, x, dtype).view(shape))
+        elif ctx.needs_input_grad[1]:
+            d_weight = ctx.destination.gradient(d_y, x)
+        d_bias = d_y.sum(0, dtype=dtype) if ctx.needs_input_grad[2] else None
+        return d_x, None if d_weight is None else d_weight.view(shape), d_bias, None, None
 
 
 InputProjection = Callable[[Tensor, Sequence[Linear]], list[Tensor]]

@@ -30,7 +30,7 @@ from pangu_kernels.overlap.collectives import (
     wait,
 )
 from pangu_kernels.overlap.modes import FUSED, choose
-from pangu_kernels.overlap.weight_gradient import weight_gradient
+from pangu_kernels.weight_gradient import Destination
 
 __all__ = [
     "all_gather_matmul",
@@ -124,6 +124,7 @@ class _AllGatherMatmul(torch.autograd.Function):
         products, gathered = _all_gather_matmul(x, matrices, group, mode, num_chunks, keep_gathered)
         ctx.save_for_backward(gathered if keep_gathered else x if weights_need_grad else None, *weights)
         ctx.group, ctx.overlapped, ctx.is_gathered = group, mode != "reference", keep_gathered
+        ctx.destinations = [Destination(weight) for weight in weights]
         return tuple(products)
 
     @staticmethod
@@ -145,8 +146,8 @@ class _AllGatherMatmul(torch.autograd.Function):
         if needs_gather:
             gathered = wait(gathered)
         d_weights = [
-            weight_gradient(d_y, gathered, weight.dtype) if needs_grad else None
-            for d_y, weight, needs_grad in zip(d_ys, weights, ctx.needs_input_grad[5:], strict=True)
+            destination.gradient(d_y, gathered) if needs_grad else None
+            for d_y, destination, needs_grad in zip(d_ys, ctx.destinations, ctx.needs_input_grad[5:], strict=True)
         ]
         return None if d_x is None else wait(d_x), None, None, None, None, *d_weights
 
@@ -155,7 +156,7 @@ class _MatmulReduceScatter(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, group: dist.ProcessGroup, mode: str, num_chunks: int) -> Tensor:
         ctx.save_for_backward(x if ctx.needs_input_grad[1] else None, weight)
-        ctx.group, ctx.mode, ctx.num_chunks = group, mode, num_chunks
+        ctx.group, ctx.mode, ctx.num_chunks, ctx.destination = group, mode, num_chunks, Destination(weight)
         return _matmul_reduce_scatter(x, weight.to(x.dtype).t(), group, mode, num_chunks)
 
     @staticmethod
@@ -169,7 +170,7 @@ class _MatmulReduceScatter(torch.autograd.Function):
             (d_x,), gathered = _all_gather_matmul(d_y, matrices, ctx.group, ctx.mode, ctx.num_chunks, weight_needs_grad)
         else:
             d_x, gathered = None, wait(start_all_gather(d_y, ctx.group))
-        d_weight = None if gathered is None else weight_gradient(gathered, x, weight.dtype)
+        d_weight = None if gathered is None else ctx.destination.gradient(gathered, x)
         return d_x, d_weight, None, None, None
 
 

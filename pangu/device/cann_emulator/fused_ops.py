@@ -340,6 +340,16 @@ def apply_adam_w(
     parameter.copy_(parameter.float() * (1 - lr * weight_decay) - lr * mean / (deviation + epsilon))
 
 
+def grouped_matmul_add(input: Tensor, x: Tensor, weight: Tensor, group_list: Tensor) -> Tensor:
+    """input `[groups, M, N]` fp32 plus, of every group's rows, x^T weight; group_list holds the ends of the groups."""
+    ends = group_list.tolist()
+    products = [
+        x[start:end].t().to(input.dtype) @ weight[start:end].to(input.dtype)
+        for start, end in zip([0, *ends], ends, strict=False)
+    ]
+    return input + torch.stack(products)
+
+
 OPERATORS: dict[str, Callable[..., Any]] = {
     "npu_rms_norm": rms_norm,
     "npu_rms_norm_backward": rms_norm_backward,
@@ -356,6 +366,7 @@ OPERATORS: dict[str, Callable[..., Any]] = {
     "npu_cross_entropy_loss": cross_entropy_loss,
     "npu_cross_entropy_loss_backward": cross_entropy_loss_backward,
     "npu_apply_adam_w.out": apply_adam_w,
+    "npu_grouped_matmul_add_": grouped_matmul_add,
 }
 
 
