@@ -11,7 +11,7 @@ import torch
 from pangu_kernels.deferred import Deferred
 from pangu_kernels.weight_gradient import Destination, weight_gradient
 from torch import Tensor, nn
-from torch.autograd.graph import GradientEdge, get_gradient_edge
+from torch.autograd.graph import get_gradient_edge
 from torch.nn import functional as F
 
 from pangu.model.local import local
