@@ -21,7 +21,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser = _parser()
     options, rest = parser.parse_known_args(arguments)
     try:
-        if rest and options.run not in (_train, _config_show):
+        if rest and options.run not in (_train, _config_show, _plan):
             parser.error(f"unrecognized arguments: {' '.join(rest)}")
         options.overrides = rest
         return options.run(options) or 0
@@ -42,6 +42,7 @@ def _parser() -> argparse.ArgumentParser:
     commands = parser.add_subparsers(metavar="COMMAND", required=True)
     _add_train(commands)
     _add_launch(commands)
+    _add_plan(commands)
     _add_plot(commands)
     _add_generate(commands)
     _add_export(commands)
@@ -186,6 +187,17 @@ def _coordinates(command: Sequence[str], nproc: int, nnodes: int) -> Callable[[i
         config = dataclasses.replace(config, parallel=parallel)
     layout = make_layout(config, nproc * nnodes)
     return lambda rank: ", ".join(f"{name} {index}" for name, index in layout.coordinates(rank).items())
+
+
+def _add_plan(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
+    command = commands.add_parser("plan", help="choose a cluster's layout and predict what it costs", add_help=False)
+    command.set_defaults(run=_plan)
+
+
+def _plan(options: argparse.Namespace) -> int:
+    from pangu.plan.commands import run
+
+    return run(options.overrides)
 
 
 def _add_plot(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:

@@ -509,8 +509,8 @@ def _without_none(tree: Any) -> Any:
     return tree
 
 
-def show(config: Config) -> str:
-    """The resolved tree as commented TOML that `load` reads back to an equal config."""
+def show(config: Any) -> str:
+    """A config, or a dataclass of its style, as commented TOML that reads back to an equal one."""
     lines: list[str] = []
     _show(config, (), lines)
     return "\n".join(lines).strip() + "\n"

@@ -27,7 +27,9 @@ from pangu.plan.space import FREE, Constraints, Shape, configured, shapes
 from pangu.plan.time import StageTime, StepTime, step_time
 
 MOST_EVALUATIONS = 500
-"""Shapes evaluated before the search settles for what it has."""
+"""Shapes evaluated before a thorough search settles for what it has."""
+MOST_WAYS = 64
+"""Ways in which tensor and context parallelism may divide a layer, at most, when a larger cluster is looked for."""
 POLISHED = 12
 """Of the best plans, whose layer lists are improved by moving single layers."""
 MOVES = 120
@@ -128,17 +130,20 @@ def search(
     constraints: Constraints = FREE,
     keep: int = 10,
     progress: Progress = lambda share, text: None,
+    evaluations: int = MOST_EVALUATIONS,
 ) -> Search:
     """The `keep` fastest layouts of the first phase of `config` on `world_size` devices of `cluster`.
 
-    Nothing is found when nothing fits; `Search` says how much was looked at.
+    Nothing is found when nothing fits; `Search` says how much was looked at. Fewer `evaluations` than the default make
+    it quick: it then polishes the first two plans only.
     """
     result, space = Search(), Space(config, cluster, constraints)
     queue: list[_Entry] = []
     for shape in shapes(config, world_size, cluster.node.devices, constraints):
         queue.append((space.bound(shape), False, result.considered, shape))
         result.considered += 1
-    result.plans = _evaluate(space, queue, max(keep, POLISHED), result, progress)
+    kept = max(keep, POLISHED) if evaluations == MOST_EVALUATIONS else keep + 1
+    result.plans = _evaluate(space, queue, kept, evaluations, result, progress)
     for index, plan in enumerate(result.plans):
         progress(1.0, f"moving single layers, plan {index + 1} of {len(result.plans)}")
         result.plans[index] = space.polish(plan)
@@ -150,13 +155,15 @@ def search(
 _Entry = tuple[float, bool, int, Shape]  # bound, whether memory is counted in it, number, shape
 
 
-def _evaluate(space: "Space", queue: list[_Entry], keep: int, result: Search, progress: Progress) -> list[Plan]:
+def _evaluate(
+    space: "Space", queue: list[_Entry], keep: int, evaluations: int, result: Search, progress: Progress
+) -> list[Plan]:
     """The fastest plan of each of the `keep` fastest kinds: shapes by rising bound, until none can be among them."""
     heapq.heapify(queue)
     found: dict[Kind, Plan] = {}
     limit = math.inf
     sharding_costs_only: set[Shape] = set()
-    while queue and queue[0][0] < limit and result.evaluated < MOST_EVALUATIONS:
+    while queue and queue[0][0] < limit and result.evaluated < evaluations:
         bound, checked, number, shape = heapq.heappop(queue)
         kind, zero_1 = space.kind(shape), dataclasses.replace(shape, zero_stage=1)
         rival = found.get(kind)
@@ -449,3 +456,26 @@ def _slowest_rank(num_layers: int, layer: float, extra: Sequence[float], at_leas
         if min(room) >= at_least and sum(room) >= num_layers:
             return seconds
     return at_least * layer + max(extra)
+
+
+def smallest_cluster(config: Config, cluster: Cluster, devices: int) -> int | None:
+    """The fewest devices, more than `devices`, on which some layout of the first phase fits; None when none does.
+
+    Whole nodes, in steps of an eighth of the size; doubling first.
+    """
+    too_few, enough = devices, max(devices, cluster.node.devices)
+    while not _fits_somewhere(config, cluster, enough):
+        too_few, enough = enough, 2 * enough
+        if cluster.network is None or enough > config.phases[0].batch_size * config.model.num_layers * MOST_WAYS:
+            return None
+    step = -(-max(too_few // 8, 1) // cluster.node.devices) * cluster.node.devices
+    sizes = range(too_few // cluster.node.devices * cluster.node.devices + step, enough, step)
+    return next((size for size in sizes if _fits_somewhere(config, cluster, size)), enough)
+
+
+def _fits_somewhere(config: Config, cluster: Cluster, devices: int) -> bool:
+    """Whether any layout fits: judged on one sequence per micro-batch, and parameters sharded as far as they can be."""
+    space = Space(config, cluster, FREE)
+    smallest = Constraints(micro_batch_size=1, zero_stage=3)
+    candidates = shapes(config, devices, cluster.node.devices, smallest)
+    return any(math.isfinite(space.bound_with_memory(shape)) and space.evaluate(shape) for shape in candidates)

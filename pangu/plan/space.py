@@ -80,7 +80,7 @@ class Shape:
 class Constraints:
     """What `--explain LAYOUT` fixes; None: free."""
 
-    tp: int | None = None
+    tp: int | frozenset[int] | None = None
     cp: int | None = None
     pp: int | None = None
     dp: int | None = None
@@ -94,7 +94,7 @@ class Constraints:
 
     def allows(self, name: str, value: object) -> bool:
         wanted = getattr(self, name)
-        return wanted is None or wanted == value
+        return wanted is None or (value in wanted if isinstance(wanted, frozenset) else value == wanted)
 
 
 FREE = Constraints()

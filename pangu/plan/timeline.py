@@ -5,7 +5,20 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from pangu.files import write_atomically
-from pangu.plan.simulate import BACKWARD, BACKWARD_INPUT, BACKWARD_WEIGHT, FORWARD, KINDS, Timeline
+from pangu.plan.hardware import Cluster
+from pangu.plan.job import Job
+from pangu.plan.operators import Operators
+from pangu.plan.simulate import (
+    BACKWARD,
+    BACKWARD_INPUT,
+    BACKWARD_WEIGHT,
+    FORWARD,
+    KINDS,
+    Durations,
+    Timeline,
+    simulate,
+)
+from pangu.plan.time import data_parallel, pipeline_order, step_time
 from pangu.train.plot import COLORS
 
 if TYPE_CHECKING:
@@ -14,7 +27,25 @@ if TYPE_CHECKING:
 # One hue per kind of pass, darker for the later of a rank's stages.
 _COLORMAPS = {FORWARD: "Blues", BACKWARD: "Oranges", BACKWARD_INPUT: "Reds", BACKWARD_WEIGHT: "Greens"}
 _COLLECTIVE_COLOR = "#8d8d8d"
+_SHOWN_ROUNDS = 4  # micro-batches shown per pipeline rank
 _MOST_LABELS = 400  # passes above which micro-batch numbers would be unreadable
+
+
+def timeline_of(job: Job, cluster: Cluster) -> Timeline:
+    """One step of a job; of a long one its first and last micro-batches, as many as show the steady state."""
+    time = step_time(job, cluster)
+    gathers, reductions, _ = data_parallel(Operators(job, cluster), time.stages)
+    durations = Durations(
+        [stage.forward for stage in time.stages],
+        [stage.backward_input for stage in time.stages],
+        [stage.backward_weight for stage in time.stages],
+        [time.p2p] * len(time.stages),
+        gathers,
+        reductions,
+    )
+    shown = _SHOWN_ROUNDS * job.layout.pp
+    count = job.num_micro_batches
+    return simulate(pipeline_order(job, count if count <= shown else shown + count % job.layout.pp), durations)
 
 
 def write_timeline(timeline: Timeline, folder: Path, title: str, name: str = "pipeline") -> list[Path]:
