@@ -64,11 +64,11 @@ def shapes(tokens: list[int]) -> dict[str, list[Shape]]:
     }
 
 
-def measured_device(device: torch.device, dtype: torch.dtype) -> Device:
-    size = 2048 if device.type == "cpu" else 8192
+def measured_device(device: torch.device, dtype: torch.dtype, on_host: bool) -> Device:
+    size = 2048 if on_host else 8192
     left, right = torch.ones(2, size, size, dtype=dtype, device=device)
     product = torch.empty_like(left)
-    source = torch.ones(2**27 if device.type == "cpu" else 2**30, dtype=torch.uint8, device=device)
+    source = torch.ones(2**27 if on_host else 2**30, dtype=torch.uint8, device=device)
     target = torch.empty_like(source)
     runs: dict[str, Run] = {
         "copy": lambda: target.copy_(source),
@@ -280,7 +280,9 @@ def main() -> None:
         cann_emulator.install(num_devices=1)
     chosen = select(options.device)
     is_fp32 = options.dtype == "fp32" or (options.dtype is None and chosen.type == "cpu")
-    device = measured_device(chosen, torch.float32 if is_fp32 else torch.bfloat16)
+    device = measured_device(
+        chosen, torch.float32 if is_fp32 else torch.bfloat16, options.emulate or chosen.type == "cpu"
+    )
     threads = f", {torch.get_num_threads()} threads" if chosen.type == "cpu" else ""
     print(
         f"{chosen}, {device.dtype}{threads}: copy {device.copy_bytes_per_second / 1e9:.1f} GB/s, "
