@@ -1,6 +1,7 @@
 """Recomputation gives the same bits, keeps less, and computes only what it says it does."""
 
 from collections import Counter
+from collections.abc import Callable
 from typing import Any, Literal
 
 import pangu_kernels
@@ -9,9 +10,12 @@ import torch
 from torch import Tensor, nn
 from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._python_dispatch import TorchDispatchMode
+from world import World
 
-from pangu.config import ModelConfig, RecomputeConfig
+from pangu.config import ModelConfig, RecomputeConfig, load
 from pangu.model import Transformer, generate, init_weights
+from pangu.parallel.layout import make_layout
+from pangu.parallel.model import ParallelModel
 from pangu.parallel.recompute import apply_recompute
 from pangu.train.statistics import LayerStatistics
 
@@ -54,7 +58,7 @@ class Watch(TorchDispatchMode):
         result = func(*args, **(kwargs or {}))
         self.calls[func.name().removeprefix("aten::")] += 1
         for tensor in result if isinstance(result, tuple) else (result,):
-            if isinstance(tensor, Tensor) and tensor.untyped_storage().data_ptr() not in self._existing:
+            if type(tensor) is Tensor and tensor.untyped_storage().data_ptr() not in self._existing:
                 storage = tensor.untyped_storage()
                 self._storages[storage.data_ptr()] = StorageWeakRef(storage), storage.nbytes()
         return result
@@ -163,6 +167,33 @@ def test_layer_statistics_see_a_forward_pass_once(mode: Mode) -> None:
     with statistics.record():
         loss(model).backward()
     assert len(statistics._outputs) == 2 * 4
+
+
+def collectives_of_tensor_parallelism(mode: Mode) -> tuple[Counter[str], Counter[str]]:
+    """Of a forward and of a backward pass."""
+    overrides = ("--parallel.tp", "2", "--parallel.recompute.mode", mode, "--phases.0.sequence_length", "64")
+    config = load(
+        "debug", (*overrides, "--model.local_filter", "two_convolutions_norm", "--model.num_key_value_heads", "4")
+    )
+    model = ParallelModel(config, make_layout(config, 2), torch.device("cpu"))
+    with Watch() as forward:
+        total, _ = model.parts[0].loss(TOKENS, LABELS, POSITIONS, CUT)
+    with Watch() as backward:
+        total.backward()
+    return tuple(  # type: ignore[return-value]
+        Counter({name: count for name, count in watch.calls.items() if name.startswith("_c10d_functional")})
+        for watch in (forward, backward)
+    )
+
+
+def test_selective_communicates_nothing_again(worlds: Callable[[int], World]) -> None:
+    none, selective, full = (
+        worlds(2).run(collectives_of_tensor_parallelism, mode)[0] for mode in ("none", "selective", "full")
+    )
+    assert sum(none[1].values()) > 0
+    assert selective == none
+    assert full[0] == none[0]
+    assert full[1] > none[1]
 
 
 def test_a_norm_alone_computes_its_output_again() -> None:
