@@ -21,7 +21,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser = _parser()
     options, rest = parser.parse_known_args(arguments)
     try:
-        if rest and options.run not in (_train, _config_show, _plan):
+        if rest and options.run not in (_train, _generate, _config_show, _plan):
             parser.error(f"unrecognized arguments: {' '.join(rest)}")
         options.overrides = rest
         return options.run(options) or 0
@@ -215,7 +215,11 @@ def _plot(options: argparse.Namespace) -> None:
 
 
 def _add_generate(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
-    command = commands.add_parser("generate", help="continue prompts with a trained model")
+    command = commands.add_parser(
+        "generate",
+        help="continue prompts with a trained model",
+        description="Under `pangu launch`, --parallel.field value says how the model is dealt over the processes.",
+    )
     command.add_argument("run_folder", metavar="RUN", type=Path, help="a run's folder")
     command.add_argument("--prompt", action="append", required=True, help="may be given several times")
     command.add_argument("--max-new-tokens", type=int, default=100)
@@ -227,33 +231,23 @@ def _add_generate(commands: "argparse._SubParsersAction[argparse.ArgumentParser]
 
 
 def _generate(options: argparse.Namespace) -> None:
-    from pangu import device as devices
-    from pangu.model import generate
-    from pangu.tokenizer import Tokenizer
-    from pangu.train.run import load_model, tokenizer_path
+    from pangu.train.generation import generate_text
 
     if options.max_new_tokens < 1 or options.temperature < 0 or not 0 < options.top_p <= 1:
         raise ConfigError("generate needs --max-new-tokens >= 1, --temperature >= 0 and 0 < --top-p <= 1")
-    path = tokenizer_path(options.run_folder)
-    if path is None:
-        raise ConfigError(f"{options.run_folder} has no tokenizer.model; it was trained without data.tokenizer")
-    tokenizer = Tokenizer(path)
-    model = load_model(options.run_folder, options.step, devices.select(options.device))
-    prompts = [tokenizer.encode(prompt) for prompt in options.prompt]
-    for prompt, ids in zip(options.prompt, prompts, strict=True):
-        if not ids:
-            raise ConfigError(f"--prompt {prompt!r} has no tokens; give it some text")
-    continuations = generate(
-        model,
-        prompts,
+    texts = generate_text(
+        options.run_folder,
+        options.prompt,
         options.max_new_tokens,
+        step=options.step,
+        device_name=options.device,
+        overrides=options.overrides,
         temperature=options.temperature,
         top_p=options.top_p,
-        eod_id=tokenizer.eod_id,
         seed=options.seed,
     )
-    for prompt, continuation in zip(options.prompt, continuations, strict=True):
-        print(f"{prompt}{tokenizer.decode(continuation)}\n")
+    for text in texts or ():
+        print(f"{text}\n")
 
 
 def _add_checkpoint_choice(command: argparse.ArgumentParser) -> None:

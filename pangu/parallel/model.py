@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from pangu.config import Config
 from pangu.data.batch import Batch
-from pangu.model import Transformer, init_weights
+from pangu.model import Transformer, generate, init_weights
 from pangu.parallel.context import apply_context_parallel
 from pangu.parallel.context_layout import shard_batch
 from pangu.parallel.data import apply_fsdp, set_last_micro_batch
@@ -166,6 +166,12 @@ class ParallelModel:
             total = sum(self._loss(batch).item() for batch in batches)
         (whole,) = self.sum_over_ranks(total * self._counts_loss)
         return whole
+
+    def generate(self, prompts: Sequence[Sequence[int]], max_new_tokens: int, **sampling: Any) -> list[list[int]]:
+        """`pangu.model.generate` by all ranks, and for each of them; not with sequence or context parallelism."""
+        if self.pipeline is not None:
+            return self.pipeline.generate(prompts, max_new_tokens, **sampling)
+        return generate(self.parts[0], prompts, max_new_tokens, **sampling)
 
     def _loss(self, batch: Batch) -> Tensor:
         part, weights = self.parts[0], batch.loss_weights

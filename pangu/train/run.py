@@ -1,5 +1,6 @@
 """The files of a run, and models back from its checkpoints."""
 
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
@@ -16,12 +17,12 @@ CHECKPOINTS = "checkpoints"
 HANGS = "hangs"
 
 
-def run_config(run: Path) -> Config:
-    """The resolved config that `run` was trained with."""
+def run_config(run: Path, overrides: Sequence[str] = ()) -> Config:
+    """The resolved config that `run` was trained with, under `--section.field value` overrides."""
     path = run / CONFIG
     if not path.is_file():
         raise CheckpointError(f"{run} is not a run: it has no {CONFIG}; give the folder of `pangu train --output`")
-    return configuration.from_tree(configuration.read_toml(path), str(path))
+    return configuration.load(path, overrides)
 
 
 def longest_sequence(run: Path) -> int:

@@ -44,6 +44,14 @@ def test_four_ranks_equal_one(name: str, worlds: Callable[[int], World], record_
     check(name, run(worlds(4), overrides), overrides, record_property)
 
 
+@pytest.mark.ascend
+@pytest.mark.parametrize("name", cases.FOUR)
+def test_four_emulated_npus_equal_one_cpu(name: str, worlds: Callable[..., World], record_property: Record) -> None:
+    overrides = cases.FOUR[name]
+    result = merge(worlds(4, "npu").run(train_steps, load(*overrides), "npu"))
+    check(f"{name}, emulated NPUs", result, overrides, record_property)
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("name", cases.EIGHT)
 def test_eight_ranks_equal_one(name: str, worlds: Callable[[int], World], record_property: Record) -> None:
