@@ -6,6 +6,7 @@ closes: so it also does when the connection or the local end dies.
 """
 
 import os
+import re
 import shlex
 import subprocess
 import threading
@@ -50,10 +51,10 @@ def read_hosts(path: Path) -> list[Host]:
         if not words:
             continue
         name, *options = words
-        slots = [option.removeprefix("slots=") for option in options]
-        if len(slots) > 1 or any(not text.isdigit() for text in slots) or name.startswith("-"):
+        match = re.fullmatch(r"(slots=(\d+))?", " ".join(options))
+        if match is None or name.startswith("-"):
             raise LaunchError(f"--hosts {path}, line {number}: {line.strip()!r} is neither `name` nor `name slots=8`")
-        hosts.append(Host(name, int(slots[0]) if slots else None))
+        hosts.append(Host(name, int(match[2]) if match[2] else None))
     if not hosts:
         raise LaunchError(f"--hosts {path} names no host")
     return hosts

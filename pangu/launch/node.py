@@ -1,5 +1,6 @@
 """One node's supervisor: starts the node's workers, ends them, and starts them again when a restart is left."""
 
+import os
 import signal
 import socket
 import sys
@@ -49,7 +50,8 @@ def _coordinator(job: Job) -> Coordinator:
     try:
         return Coordinator(job)
     except OSError as error:
-        raise LaunchError(f"--master-port {job.master_port}: {error.strerror}; choose another") from None
+        reason = os.strerror(error.errno or 0)
+        raise LaunchError(f"--master-port {job.master_port}: {reason}; choose another") from None
 
 
 class _StoppedError(Exception):
@@ -185,7 +187,8 @@ def _severity(failure: Failure) -> int:
 
 
 def _stop_at_end_of_stdin(signals: list[int]) -> None:
-    sys.stdin.buffer.read()
+    while os.read(0, 4096):  # not sys.stdin, whose lock a thread must not hold when the interpreter ends
+        pass
     signals.append(signal.SIGTERM)
 
 

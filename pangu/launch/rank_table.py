@@ -31,20 +31,20 @@ class Device:
     """Empty on A2, which has no super pods."""
 
 
-def devices_of_node(nproc: int, hccn_conf: Path = HCCN_CONF) -> list[Device]:
+def devices_of_node(nproc: int) -> list[Device]:
     """The first `nproc` devices of this machine: local rank N drives device N.
 
     Raises `LaunchError` when the driver's file is missing or has too few devices.
     """
     try:
-        text = hccn_conf.read_text()
+        text = HCCN_CONF.read_text()
     except OSError as error:
-        raise LaunchError(f"--rank-table needs the devices' addresses of {hccn_conf}: {error.strerror}") from None
+        raise LaunchError(f"--rank-table needs the devices' addresses of {HCCN_CONF}: {error.strerror}") from None
     addresses = dict(re.findall(r"^\s*address_(\d+)\s*=\s*(\S+)", text, flags=re.MULTILINE))
     missing = [str(number) for number in range(nproc) if str(number) not in addresses]
     if missing:
         raise LaunchError(
-            f"--rank-table: {hccn_conf} has no address_{missing[0]}, but --nproc is {nproc}; set it with hccn_tool"
+            f"--rank-table: {HCCN_CONF} has no address_{missing[0]}, but --nproc is {nproc}; set it with hccn_tool"
         )
     super_pods = _super_pods(nproc)
     return [
