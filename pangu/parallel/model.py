@@ -26,11 +26,26 @@ T = TypeVar("T")
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
 
-def build_parts(config: Config, layout: Layout, mesh: Mesh | None, target: torch.device) -> list[Transformer]:
-    """This rank's parts of the model, one per pipeline stage it holds, distributed and initialized from train.seed.
+def build_model(config: Config, layout: Layout, target: torch.device) -> "ParallelModel":
+    """This rank's part of the model of `config`, on `target`, initialized from train.seed.
 
-    Everything is applied to a model without memory, in one order: stages, recomputation, context parallelism, tensor
-    parallelism, FSDP; then this rank's shards are allocated and get the values they have on one device.
+    On several processes every rank calls it, with the default process group in place.
+    """
+    mesh = make_mesh(layout, target.type) if layout.world_size > 1 else None
+    parts = assemble(config, layout, mesh)
+    for part in parts:
+        part.to_empty(device=target)
+        if mesh is None:
+            init_weights(part, config.train.seed)
+        else:
+            init_shards(part, config.train.seed)
+    return ParallelModel(config, layout, mesh, parts, target)
+
+
+def assemble(config: Config, layout: Layout, mesh: Mesh | None) -> list[Transformer]:
+    """This rank's parts of the model, one per pipeline stage it holds, distributed but without memory.
+
+    Everything is applied in one order: stages, recomputation, context parallelism, tensor parallelism, FSDP.
     """
     with torch.device("meta"):
         whole = Transformer(config.model)
@@ -38,14 +53,8 @@ def build_parts(config: Config, layout: Layout, mesh: Mesh | None, target: torch
     pp_rank = 0 if mesh is None else mesh.coordinates["pp"]
     parts = [whole] if layout.pp == 1 else [split(whole, layout, stage) for stage in layout.stages_of(pp_rank)]
     apply_recompute(parts, config.parallel.recompute, pp_rank)
-    for part in parts:
-        if mesh is not None:
-            _distribute(part, config, mesh)
-        part.to_empty(device=target)
-        if mesh is None:
-            init_weights(part, config.train.seed)
-        else:
-            init_shards(part, config.train.seed)
+    for part in parts if mesh is not None else ():
+        _distribute(part, config, mesh)
     return parts
 
 
@@ -61,13 +70,15 @@ def _distribute(part: Transformer, config: Config, mesh: Mesh) -> None:
 class ParallelModel:
     """The model of a run on this rank. On a single process there is one part, and nothing communicates."""
 
-    def __init__(self, config: Config, layout: Layout, target: torch.device) -> None:
-        """On several processes every rank makes one, with the default process group in place."""
+    def __init__(
+        self, config: Config, layout: Layout, mesh: Mesh | None, parts: list[Transformer], target: torch.device
+    ) -> None:
+        """parts: as `assemble` makes them, with memory on `target`."""
         self.config = config
         self.layout = layout
         self.target = target
-        self.mesh = make_mesh(layout, target.type) if layout.world_size > 1 else None
-        self.parts = build_parts(config, layout, self.mesh, target)
+        self.mesh = mesh
+        self.parts = parts
         self.pipeline = Pipeline(self.parts, self.mesh, config) if self.mesh and layout.pp > 1 else None
         self.tied = TiedEmbedding(self.parts, self.mesh) if self.mesh and self.pipeline else None
         self.parameters: dict[str, nn.Parameter] = {}

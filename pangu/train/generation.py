@@ -14,7 +14,7 @@ from pangu.errors import ConfigError
 from pangu.model import generate
 from pangu.parallel.layout import make_layout
 from pangu.parallel.mesh import connected, environment_rank
-from pangu.parallel.model import ParallelModel
+from pangu.parallel.model import build_model
 from pangu.tokenizer import Tokenizer
 from pangu.train.checkpoint import load_checkpoint
 from pangu.train.run import CHECKPOINTS, load_model, run_config, tokenizer_path
@@ -54,7 +54,7 @@ def generate_text(
         continuations = generate(load_model(run, step, target), tokens, max_new_tokens, **sampling)
     else:
         with connected(target, config.parallel, world_size):
-            model = ParallelModel(config, layout, target)
+            model = build_model(config, layout, target)
             group = dist.new_group(backend="gloo")
             metadata = load_checkpoint(run / CHECKPOINTS, {"model": model.parameters}, step, group)
             model.rope_base = metadata["rope_base"]

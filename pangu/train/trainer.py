@@ -21,7 +21,7 @@ from pangu.files import write_atomically
 from pangu.model.count import num_parameters
 from pangu.parallel.layout import Layout, make_layout
 from pangu.parallel.mesh import connected, environment_rank
-from pangu.parallel.model import ParallelModel
+from pangu.parallel.model import build_model
 from pangu.train.checkpoint import Checkpointer, complete_steps
 from pangu.train.meter import Meter
 from pangu.train.optimizer import AdamW, clip_scale
@@ -110,7 +110,7 @@ class Trainer:
         self.spikes = SpikeDetector(config.metrics.spike_window, config.metrics.spike_deviations)
         torch.use_deterministic_algorithms(config.train.deterministic)
         torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]  # nothing reads it
-        self.model = ParallelModel(config, layout, target)
+        self.model = build_model(config, layout, target)
         self.optimizer = AdamW(self.model.parameters.items(), config.optimizer)
         self.statistics = LayerStatistics(self.model.parts, self.model.gather)
         self.meter = Meter(config, schedule, self.model)

@@ -12,7 +12,7 @@ from pangu.config import Config
 from pangu.data.loader import Loader
 from pangu.data.schedule import Schedule
 from pangu.parallel.layout import make_layout
-from pangu.parallel.model import ParallelModel
+from pangu.parallel.model import build_model
 from pangu.train.optimizer import AdamW, clip_scale
 
 STEPS = 5
@@ -46,7 +46,7 @@ def train_steps(config: Config, device: str = "cpu") -> Result:
     """Train `STEPS` steps on the ranks of the default process group, or on one device without it."""
     rank, size = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
     layout, schedule = make_layout(config, size), Schedule(config)
-    model = ParallelModel(config, layout, torch.device(device) if device == "cpu" else torch.device(device, rank))
+    model = build_model(config, layout, torch.device(device) if device == "cpu" else torch.device(device, rank))
     loader = Loader(config, schedule, layout.dp_rank(rank), layout.dp)
     optimizer = AdamW(model.parameters.items(), config.optimizer)
     result = Result()

@@ -15,7 +15,7 @@ from world import World
 from pangu.config import ModelConfig, RecomputeConfig, load
 from pangu.model import Transformer, generate, init_weights
 from pangu.parallel.layout import make_layout
-from pangu.parallel.model import ParallelModel
+from pangu.parallel.model import build_model
 from pangu.parallel.recompute import apply_recompute
 from pangu.train.statistics import LayerStatistics
 
@@ -175,7 +175,7 @@ def collectives_of_tensor_parallelism(mode: Mode) -> tuple[Counter[str], Counter
     config = load(
         "debug", (*overrides, "--model.local_filter", "two_convolutions_norm", "--model.num_key_value_heads", "4")
     )
-    model = ParallelModel(config, make_layout(config, 2), torch.device("cpu"))
+    model = build_model(config, make_layout(config, 2), torch.device("cpu"))
     with Watch() as forward:
         total, _ = model.parts[0].loss(TOKENS, LABELS, POSITIONS, CUT)
     with Watch() as backward:
