@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
+from pangu_kernels.deferred import Deferred
 from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from world import World
@@ -24,6 +25,7 @@ from pangu.config import (
 from pangu.data.batch import IGNORED_LABEL, Batch
 from pangu.errors import ConfigError
 from pangu.model import Transformer, generate, init_weights
+from pangu.model.linear import Linear
 from pangu.parallel.data import apply_fsdp
 from pangu.parallel.layout import make_layout
 from pangu.parallel.mesh import make_mesh
@@ -261,6 +263,46 @@ def receive_buffers(config: Config) -> int:
 @pytest.mark.parametrize("schedule", ["1f1b", "dualpipe_v"])
 def test_no_receive_buffer_outlives_its_use(worlds: Worlds, schedule: str) -> None:
     assert worlds(4).run(receive_buffers, make_config(schedule)) == [0, 0, 0, 0]
+
+
+def deferred_gradients(config: Config) -> tuple[int, int, int]:
+    """Weight gradients left for later, the most at one moment, and the linear layers' passes."""
+    whole = whole_model(config)
+    pipeline, tied = make_pipeline(config, whole)
+    added = most = 0
+    waiting: set[int] = set()
+
+    class Watched(Deferred):
+        def add(self, edge: Any, compute: Callable[[], torch.Tensor]) -> None:
+            nonlocal added, most
+            number = added = added + 1
+            waiting.add(number)
+            most = max(most, len(waiting))
+
+            def computed() -> torch.Tensor:
+                waiting.remove(number)
+                return compute()
+
+            super().add(edge, computed)
+
+    linears = 0
+    for stage, part in pipeline.parts.items():
+        pipeline._deferred[stage] = Watched()
+        for module in part.modules():
+            if isinstance(module, Linear) and module.deferred is not None:
+                module.deferred = pipeline._deferred[stage]
+                linears += 1
+    check_step(pipeline, tied, whole, make_batches(8))
+    assert not waiting
+    return added, most, linears * 8
+
+
+@pytest.mark.parametrize("schedule", ["interleaved_zero_bubble", "zero_bubble_v", "dualpipe_v"])
+def test_weight_gradients_wait(worlds: Worlds, schedule: str) -> None:
+    """Every one is left for later; on some rank those of several micro-batches are due at once."""
+    ranks = worlds(4).run(deferred_gradients, make_config(schedule))
+    assert all(added == passes > 0 for added, _, passes in ranks)
+    assert any(most > passes / 8 for _, most, passes in ranks)
 
 
 class Collectives(TorchDispatchMode):
