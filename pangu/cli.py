@@ -21,7 +21,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser = _parser()
     options, rest = parser.parse_known_args(arguments)
     try:
-        if rest and options.run not in (_train, _generate, _config_show, _plan):
+        if rest and options.run not in (_train, _generate, _config_show, _plan, _doctor):
             parser.error(f"unrecognized arguments: {' '.join(rest)}")
         options.overrides = rest
         return options.run(options) or 0
@@ -42,6 +42,7 @@ def _parser() -> argparse.ArgumentParser:
     commands = parser.add_subparsers(metavar="COMMAND", required=True)
     _add_train(commands)
     _add_launch(commands)
+    _add_doctor(commands)
     _add_plan(commands)
     _add_plot(commands)
     _add_generate(commands)
@@ -187,6 +188,35 @@ def _coordinates(command: Sequence[str], nproc: int, nnodes: int) -> Callable[[i
         config = dataclasses.replace(config, parallel=parallel)
     layout = make_layout(config, nproc * nnodes)
     return lambda rank: ", ".join(f"{name} {index}" for name, index in layout.coordinates(rank).items())
+
+
+def _add_doctor(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
+    command = commands.add_parser(
+        "doctor",
+        help="look at this machine: what is there, whether it computes right, how fast it is",
+        description="Say what this machine has for runs of CONFIG, and what to mend. Exits with 1 if something fails.",
+    )
+    command.add_argument("config", metavar="CONFIG", nargs="?", default="debug", help="as for train (default: debug)")
+    command.add_argument("--deep", action="store_true", help="also compute: operators, rates, collectives, training")
+    command.add_argument("--device", help="short for --train.device")
+    command.add_argument("--emulate", action="store_true", help="with --deep --device npu: on an emulated CANN")
+    command.add_argument("--nproc", type=int, help="with --deep: processes that exchange (default: the node's devices)")
+    command.add_argument("--json", metavar="FILE", type=Path, help="write one report, to send")
+    command.add_argument("--cluster-file", metavar="FILE", type=Path, help="with --deep: this machine, for pangu plan")
+    command.set_defaults(run=_doctor)
+
+
+def _doctor(options: argparse.Namespace) -> int:
+    from pangu.doctor.command import diagnose
+
+    return diagnose(
+        _load_config(options),
+        look_deep=options.deep,
+        emulate=options.emulate,
+        nproc=options.nproc,
+        json_file=options.json,
+        cluster=options.cluster_file,
+    )
 
 
 def _add_plan(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:

@@ -23,6 +23,16 @@ ALLOWED = {
     "pangu.data": {"pangu.config", "pangu.tokenizer"},
     "pangu.convert": {"pangu.config", "pangu.model", "pangu.tokenizer"},
     "pangu.parallel": {"pangu.config", "pangu.data", "pangu.device", "pangu.model", "pangu_kernels"},
+    "pangu.doctor": {
+        "pangu.config",
+        "pangu.data",
+        "pangu.device",
+        "pangu.model",
+        "pangu.parallel",
+        "pangu.plan",
+        "pangu.train",
+        "pangu_kernels",
+    },
     "pangu.launch": set(),
     "pangu.plan": {
         "pangu.config",

@@ -33,10 +33,15 @@ def peak_flops(device: torch.device) -> tuple[float, str]:
     if device.type == "cpu":
         return _measured_matmul_rate(device), f"measured fp32 matmul rate, {torch.get_num_threads()} threads"
     name = torch.get_device_module(device).get_device_name(device)
-    for chip, rate in _PUBLISHED_PEAKS.items():
-        if chip in name:
-            return rate, f"published bf16 peak of {chip}"
-    return float("nan"), f"no published peak known for {name!r}; set metrics.peak_flops"
+    rate = published_peak(name)
+    if rate is None:
+        return float("nan"), f"no published peak known for {name!r}; set metrics.peak_flops"
+    return rate, f"published bf16 peak of {next(chip for chip in _PUBLISHED_PEAKS if chip in name)}"
+
+
+def published_peak(name: str) -> float | None:
+    """Dense bf16 FLOP/s of the device that reports this name, if it is a known one."""
+    return next((rate for chip, rate in _PUBLISHED_PEAKS.items() if chip in name), None)
 
 
 def _measured_matmul_rate(device: torch.device, size: int = 1024, seconds: float = 0.3) -> float:

@@ -1,0 +1,1 @@
+"""`pangu doctor`: what a machine has, whether it computes what it should, and how fast it is."""
