@@ -228,6 +228,21 @@ def check_only_needed_gradients_are_computed(world: World) -> None:
             assert ((x.grad is None, full.grad is None), weight.grad is None) == ((not x_needs,) * 2, not weight_needs)
 
 
+def check_gradients_of_micro_batches_are_added(world: World) -> None:
+    for dtype in (FP32, BF16):
+        x = world.random(0, ROWS, DEPTH, dtype=dtype)
+        full = world.random(1, ROWS * world.size, DEPTH, dtype=dtype)
+        weights = [world.random(n, n, DEPTH).requires_grad_() for n in WIDTHS]
+        once: list[Tensor] = []
+        for _ in range(2):
+            ys = all_gather_matmul(x, weights, world.group)
+            y = matmul_reduce_scatter(full, weights[0], world.group)
+            torch.autograd.backward([*ys, y], [each.detach() for each in (*ys, y)])
+            once = once or [w.grad.clone() for w in weights if w.grad is not None]
+        for weight, gradient in zip(weights, once, strict=True):
+            torch.testing.assert_close(weight.grad, 2 * gradient)
+
+
 def check_pieces_are_communicated_while_others_are_multiplied(world: World) -> None:
     gather, scatter, mm, wait = "all_gather_into_tensor", "reduce_scatter_tensor", "mm", "wait_tensor"
     x = world.random(0, ROWS, DEPTH).requires_grad_()
@@ -330,6 +345,8 @@ def check_bad_input_is_refused(world: World) -> None:
         refused(call(good, mode="chunked", num_chunks=3), uneven)
         if device == "cpu":
             refused(call(good, mode="fused"), rf'{name}: mode "fused" is impossible, there is no fused operator on cpu')
+    refused(lambda: all_gather_matmul(x, [weight], None), "group must be a ProcessGroup", TypeError)  # type: ignore[arg-type]
+    refused(lambda: reduce_from_group(x, "tp"), "group must be a ProcessGroup.*got 'tp'", TypeError)  # type: ignore[arg-type]
     refused(gather(x, []), "weights must hold at least one tensor")
     refused(gather(x, [weight, weight.int()]), r"weights\[1\] must be fp32", TypeError)
     refused(gather(x, [weight[:, :3]]), r"weights\[0\] must have shape \[3, 4\], got float32 \[3, 3\]")
@@ -378,6 +395,7 @@ def check_mc2_is_what_runs(world: World) -> None:
         backward = lambda: torch.autograd.backward((y, other), (y.detach(), other.detach()))  # noqa: B023, E731
         _, names = recorded(world, backward)
         assert sorted(names) == ["HcclAllGather", "HcclReduceScatter", "aclnnMm", "aclnnMm", "aclnnMm"]
+        weights[0].grad = None  # else another matmul would add to it
         y, names = recorded(world, lambda: matmul_reduce_scatter(full, weights[0], world.group, mode=mode))  # noqa: B023
         assert names == [MM_SCATTER]
         _, names = recorded(world, lambda: y.backward(y.detach()))  # noqa: B023
@@ -545,15 +563,18 @@ def test_a_dry_run_executes_it(mode: str, dtype: torch.dtype, fake_group: dist.P
 
 
 def test_auto_says_once_why_it_does_not_overlap(
-    fake_group: dist.ProcessGroup, caplog: pytest.LogCaptureFixture
+    fake_group: dist.ProcessGroup, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     modes._log_once.cache_clear()
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 0)
     with FakeTensorMode(), torch.no_grad():
-        for rows in (8190, 8190, 8189):
-            all_gather_matmul(torch.empty(rows, 4096), [torch.empty(1, 4096)], fake_group)
+        for rows, device in ((8190, "cpu"), (8190, "cpu"), (8189, "cpu"), (4, "cuda"), (8, "cuda")):
+            weight = torch.empty(1, 4096, device=device)
+            all_gather_matmul(torch.empty(rows, 4096, device=device), [weight], fake_group)
     assert [record.message for record in caplog.records] == [
-        f"all_gather_matmul: not overlapped, num_chunks 4 does not divide the {rows} rows of a rank"
-        for rows in (8190, 8189)
+        "all_gather_matmul: not overlapped, num_chunks 4 does not divide the 8190 rows of a rank",
+        "all_gather_matmul: not overlapped, num_chunks 4 does not divide the 8189 rows of a rank",
+        "all_gather_matmul: not fused, symmetric memory is of one node, which has 0 devices, the group has 8 ranks",
     ]
 
 

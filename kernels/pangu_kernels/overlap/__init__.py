@@ -21,6 +21,7 @@ from pangu_kernels.checks import check_operand, check_tensor
 from pangu_kernels.overlap import chunked, reference
 from pangu_kernels.overlap.collectives import (
     all_gather_rows,
+    check_group,
     check_rows,
     copy_to_group,
     reduce_from_group,
@@ -59,8 +60,8 @@ def all_gather_matmul(
     Backward scatters the sum of x's gradient while it computes those of the weights. For these it gathers x again,
     behind the matmul before: what is gathered is not kept between forward and backward, unless `keep_gathered`.
 
-    Raises TypeError for what is no floating-point tensor; ValueError for shapes, devices or strides that do not fit, a
-    num_chunks that does not divide the rows in mode "chunked", and limits exceeded in mode "fused".
+    Raises TypeError for what is no floating-point tensor or no process group; ValueError for shapes, devices or strides
+    that do not fit, a num_chunks that does not divide the rows in mode "chunked", and limits exceeded in mode "fused".
     """
     operator = "all_gather_matmul"
     check_tensor(operator, "x", x, 2)
@@ -68,6 +69,7 @@ def all_gather_matmul(
         raise ValueError(f"{operator}: weights must hold at least one tensor")
     for index, weight in enumerate(weights):
         _check_weight(operator, f"weights[{index}]", weight, x)
+    check_group(operator, group)
     rows, depth = x.shape
     piece_bytes = rows * depth * x.element_size() // max(1, num_chunks)
     mode = choose(operator, mode, x, [depth], piece_bytes, rows, group, num_chunks)
@@ -86,9 +88,9 @@ def matmul_reduce_scatter(
     that of x for the matmul, with gradients in its own, accumulated in fp32 if that is fp32. The sum over ranks is
     taken in the dtype of x. Backward gathers the output's gradient once for both gradients.
 
-    Raises TypeError for what is no floating-point tensor; ValueError for shapes, devices or strides that do not fit,
-    rows that do not divide, a num_chunks that does not divide the rows of a rank in mode "chunked", and limits exceeded
-    in mode "fused".
+    Raises TypeError for what is no floating-point tensor or no process group; ValueError for shapes, devices or strides
+    that do not fit, rows that do not divide, a num_chunks that does not divide a rank's rows in mode "chunked", and
+    limits exceeded in mode "fused".
     """
     operator = "matmul_reduce_scatter"
     check_tensor(operator, "x", x, 2)

@@ -17,16 +17,18 @@ from pangu_kernels.checks import check_tensor, describe
 def all_gather_rows(x: Tensor, group: dist.ProcessGroup) -> Tensor:
     """x `[n, ...]` of every rank, in rank order: `[size * n, ...]`. Its backward is `reduce_scatter_rows`.
 
-    Raises TypeError for a dtype that is not floating point, ValueError if x is not contiguous.
+    Raises TypeError for a dtype that is not floating point or no process group, ValueError if x is not contiguous.
     """
     check_tensor("all_gather_rows", "x", x)
+    check_group("all_gather_rows", group)
     return _AllGatherRows.apply(x, group) if torch.is_grad_enabled() else wait(start_all_gather(x, group))
 
 
 def reduce_scatter_rows(x: Tensor, group: dist.ProcessGroup) -> Tensor:
     """This rank's share `[n / size, ...]` of the sum over ranks of x `[n, ...]`. Its backward is `all_gather_rows`.
 
-    Raises TypeError for a dtype that is not floating point, ValueError if x is not contiguous or does not divide.
+    Raises TypeError for a dtype that is not floating point or no process group, ValueError if x is not contiguous or
+    its rows do not divide.
     """
     check_tensor("reduce_scatter_rows", "x", x)
     check_rows("reduce_scatter_rows", x, group)
@@ -36,18 +38,20 @@ def reduce_scatter_rows(x: Tensor, group: dist.ProcessGroup) -> Tensor:
 def copy_to_group(x: Tensor, group: dist.ProcessGroup) -> Tensor:
     """x itself, which every rank has; its gradient is the sum of the ranks' gradients.
 
-    Raises TypeError for a dtype that is not floating point, ValueError if x is not contiguous.
+    Raises TypeError for a dtype that is not floating point or no process group, ValueError if x is not contiguous.
     """
     check_tensor("copy_to_group", "x", x)
+    check_group("copy_to_group", group)
     return _CopyToGroup.apply(x, group) if torch.is_grad_enabled() else x
 
 
 def reduce_from_group(x: Tensor, group: dist.ProcessGroup) -> Tensor:
     """The sum over ranks of x, on every rank; its gradient, the same on every rank, is that of each x.
 
-    Raises TypeError for a dtype that is not floating point, ValueError if x is not contiguous.
+    Raises TypeError for a dtype that is not floating point or no process group, ValueError if x is not contiguous.
     """
     check_tensor("reduce_from_group", "x", x)
+    check_group("reduce_from_group", group)
     return _ReduceFromGroup.apply(x, group) if torch.is_grad_enabled() else wait(start_all_reduce(x, group))
 
 
@@ -71,7 +75,13 @@ def wait(result: Tensor) -> Tensor:
     return wait_tensor(result)
 
 
+def check_group(operator: str, group: dist.ProcessGroup) -> None:
+    if not isinstance(group, dist.ProcessGroup):
+        raise TypeError(f"{operator}: group must be a ProcessGroup (of a DeviceMesh: its get_group()), got {group!r}")
+
+
 def check_rows(operator: str, x: Tensor, group: dist.ProcessGroup) -> None:
+    check_group(operator, group)
     if len(x) % group.size():
         raise ValueError(
             f"{operator}: the {len(x)} rows of x cannot be dealt over the {group.size()} ranks of the group, "
