@@ -64,11 +64,11 @@ def shapes(tokens: list[int]) -> dict[str, list[Shape]]:
     }
 
 
-def measured_device(device: torch.device, dtype: torch.dtype, on_host: bool) -> Device:
-    size = 2048 if on_host else 8192
+def measured_device(device: torch.device, dtype: torch.dtype, emulated: bool) -> Device:
+    size = 128 if emulated else 2048 if device.type == "cpu" else 8192
     left, right = torch.ones(2, size, size, dtype=dtype, device=device)
     product = torch.empty_like(left)
-    source = torch.ones(2**27 if on_host else 2**30, dtype=torch.uint8, device=device)
+    source = torch.ones(2**30 if device.type != "cpu" and not emulated else 2**27, dtype=torch.uint8, device=device)
     target = torch.empty_like(source)
     runs: dict[str, Run] = {
         "copy": lambda: target.copy_(source),
