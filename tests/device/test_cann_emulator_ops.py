@@ -241,11 +241,11 @@ def test_statistics_of_documents_lie_by_head_unless_asked_for_in_the_order_of_th
 
 @pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
 def test_cross_entropy(emulator: Emulator, npu: ModuleType, reduction: str) -> None:
-    labels = torch.tensor([1, 2, -100, 3, 4, 0])
+    labels = torch.tensor([1, 2, 7, 3, 4, 0])
     assert_same(
         emulator,
-        lambda x: npu.npu_cross_entropy_loss(x, labels.npu(), reduction=reduction)[0],
-        lambda x: F.cross_entropy(x, labels, reduction=reduction).reshape(-1),
+        lambda x: npu.npu_cross_entropy_loss(x, labels.npu(), reduction=reduction, ignore_index=7)[0],
+        lambda x: F.cross_entropy(x, labels, reduction=reduction, ignore_index=7).reshape(-1),
         (randn(6, 11),),
         ("aclnnCrossEntropyLoss", "aclnnCrossEntropyLossGrad"),
     )
@@ -323,6 +323,10 @@ def test_what_the_numerics_do_not_cover_is_an_error(npu: ModuleType) -> None:
                 *[x.repeat(1, 129, 1)] * 3, 258, "TND", actual_seq_qlen=[4], actual_seq_kvlen=[4]
             ),
             "258 heads are over 256",
+        ),
+        (
+            lambda npu, x: npu.npu_cross_entropy_loss(x[:, 0], torch.tensor([0, -100, 1, 2]).npu(), reduction="none"),
+            "a label is outside the vocabulary",
         ),
         (lambda npu, x: npu.npu_rms_norm(x, x[0, 0].half()), "gamma is neither fp32 nor of the input's dtype"),
         (lambda npu, x: npu.npu_add_rms_norm(x.half(), x.half(), x[0, 0]), "x1, x2 and gamma differ in dtype"),

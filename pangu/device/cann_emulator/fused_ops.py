@@ -299,6 +299,9 @@ def _sum_over_query_heads(grad: Tensor, kv: Tensor) -> Tensor:
 def cross_entropy_loss(
     input: Tensor, target: Tensor, reduction: str = "mean", ignore_index: int = -100
 ) -> tuple[Tensor, Tensor]:
+    """A negative ignore_index means that no label is ignored, as documented."""
+    is_label = (target >= 0) & (target < input.shape[1])
+    _require(bool(is_label.all()), "cross_entropy_loss: a label is outside the vocabulary")
     log_prob = F.log_softmax(input.float(), -1)
     loss = F.nll_loss(log_prob, target.long(), reduction=reduction, ignore_index=ignore_index)
     return loss.reshape(-1), log_prob  # one element if reduced
