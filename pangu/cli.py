@@ -136,6 +136,8 @@ def _launch(options: argparse.Namespace) -> int:
         raise ConfigError("--nodes and --hosts both name hosts; give one of them")
     hosts = launch.read_hosts(options.hosts) if options.hosts else launch.parse_hosts(options.nodes or "")
     nproc = launch.processes_per_host(hosts, options.nproc) if hosts else options.nproc or _device_count(command)
+    if command[0] == "train" and not any(word.startswith("--parallel.devices_per_node") for word in command):
+        command = [*command, "--parallel.devices_per_node", str(nproc)]
     job = launch.Job(
         command=tuple(command),
         nproc=nproc,
@@ -149,7 +151,7 @@ def _launch(options: argparse.Namespace) -> int:
         lost_seconds=options.lost_seconds,
         rank_table=options.rank_table,
     )
-    job = dataclasses.replace(job, coordinates=_coordinates(command, job.nproc, job.nnodes))
+    job = dataclasses.replace(job, coordinates=_coordinates(command, job.nproc * job.nnodes))
     if hosts:
         return launch.launch_hosts(hosts, job, options.ssh.split())
     return launch.launch_node(job, stop_with_stdin=options.stop_with_stdin)
@@ -176,17 +178,14 @@ def _device_count(command: Sequence[str]) -> int:
     return torch.accelerator.device_count()
 
 
-def _coordinates(command: Sequence[str], nproc: int, nnodes: int) -> Callable[[int], str]:
+def _coordinates(command: Sequence[str], world_size: int) -> Callable[[int], str]:
     """What describes a rank by its place in the layout. A layout that does not fit is refused here, on one process."""
     config = _train_config(command)
     if config is None:
         return lambda rank: ""
     from pangu.parallel.layout import make_layout
 
-    if nnodes > 1:  # what a node is does not depend on parallel.devices_per_node here
-        parallel = dataclasses.replace(config.parallel, devices_per_node=nproc)
-        config = dataclasses.replace(config, parallel=parallel)
-    layout = make_layout(config, nproc * nnodes)
+    layout = make_layout(config, world_size)
     return lambda rank: ", ".join(f"{name} {index}" for name, index in layout.coordinates(rank).items())
 
 

@@ -56,14 +56,15 @@ class Agent(LocalElasticAgent):
         super().__init__(spec, DefaultLogsSpecs(log_dir=request.folder), shutdown_timeout=int(request.stop_seconds))
         self.request = request
         self.ended: list[int] = []
+        self.killed: list[int] = []
 
     def failures(self, messages: dict[int, str]) -> list[Failure]:
-        """Of the workers that have ended; `messages` are their last words by local rank."""
+        """Of the workers that ended by themselves; `messages` are their last words by local rank."""
         first_rank = self.request.node_rank * self.request.nproc
         return [
             Failure(first_rank + rank, code, messages.get(rank, ""), self.ended.index(rank))
             for rank, code in self._exit_codes().items()
-            if code
+            if code and rank not in self.killed
         ]
 
     def _monitor_workers(self, worker_group: WorkerGroup) -> RunResult:
@@ -74,6 +75,8 @@ class Agent(LocalElasticAgent):
             deadline = time.monotonic() + (self.request.stop_seconds if stopping else FAILURE_GRACE_SECONDS)
             while None in self._exit_codes().values() and time.monotonic() < deadline:
                 time.sleep(0.02)
+            if not stopping:
+                self.killed += [rank for rank, code in self._exit_codes().items() if code is None]
             self._kill()
         return super()._monitor_workers(worker_group)
 
@@ -103,7 +106,7 @@ class Agent(LocalElasticAgent):
 
 def main(request_path: str) -> int:
     die_with_parent(signal.SIGTERM)
-    logging.getLogger("torch.distributed.elastic").setLevel(logging.CRITICAL)  # the supervisor says it with coordinates
+    logging.disable(logging.ERROR)  # what torch says of a failure, the supervisor says with coordinates
     request = Request(**json.loads(Path(request_path).read_text()))
     os.environ["TORCHELASTIC_SIGNALS_TO_HANDLE"] = "SIGTERM,SIGINT,SIGUSR1"
     agent = Agent(request)

@@ -8,7 +8,7 @@ import tempfile
 import threading
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import asdict
 from pathlib import Path
 from types import FrameType
@@ -18,6 +18,7 @@ from pangu.launch import rank_table
 from pangu.launch.attempt import Attempt, Failure
 from pangu.launch.job import REFUSED, STOPPED, Job
 from pangu.launch.meeting import FAILED, KILLED, LOST_PEER, ConnectionLostError, Coordinator, Member, Message
+from pangu.launch.process import output_nobody_needs_to_read
 
 POLL_SECONDS = 0.2
 
@@ -33,7 +34,7 @@ def launch_node(job: Job, *, stop_with_stdin: bool = False) -> int:
     input. 1: anything else, said on stderr with the rank and its coordinates, or the node that is lost.
     """
     devices = rank_table.devices_of_node(job.nproc) if job.rank_table else []
-    with collected_signals() as signals:
+    with collected_signals() as signals, output_nobody_needs_to_read() if stop_with_stdin else nullcontext():
         if stop_with_stdin:
             threading.Thread(target=_stop_at_end_of_stdin, args=(signals,), daemon=True).start()
         if job.node_rank:

@@ -6,15 +6,16 @@ writes the same on Kubernetes. How a machine tells of its devices was read in do
 """
 
 import json
+import os
 import re
 import subprocess
+import tempfile
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from pangu.errors import LaunchError
-from pangu.files import write_atomically
 
 HCCN_CONF = Path("/etc/hccn.conf")
 """Where Ascend's driver keeps the devices' addresses, as `address_0=192.168.100.100`."""
@@ -110,4 +111,9 @@ def write(path: Path, servers: Sequence[dict[str, Any]]) -> None:
     if path.is_symlink():
         raise LaunchError(f"--rank-table {path} is a symbolic link, which HCCL refuses; name a file")
     table = rank_table([(server["address"], [Device(**device) for device in server["devices"]]) for server in servers])
-    write_atomically(path, json.dumps(table, indent=2) + "\n")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    # Not under one temporary name: on shared storage all nodes write at once, and all the same.
+    with tempfile.NamedTemporaryFile("w", dir=path.parent, prefix=f".{path.name}.", delete=False) as file:
+        file.write(json.dumps(table, indent=2) + "\n")
+    os.chmod(file.name, 0o644)
+    os.replace(file.name, path)

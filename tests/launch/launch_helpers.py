@@ -15,11 +15,11 @@ def free_port() -> int:
         return int(probe.getsockname()[1])
 
 
-def wait_until(condition: Callable[[], object], what: str, timeout: float = 180.0) -> None:
+def wait_until(condition: Callable[[], object], what: str, timeout: float = 400.0) -> None:
     deadline = time.monotonic() + timeout
     while not condition():
         assert time.monotonic() < deadline, f"after {timeout:g} s still waiting: {what}"
-        time.sleep(0.05)
+        time.sleep(0.02)
 
 
 def runs(pid: int) -> bool:
@@ -52,12 +52,14 @@ class Running:
         for line in self.process.stdout:
             self.said += line
 
-    def wait_for(self, text: str, count: int = 1, timeout: float = 180.0) -> None:
-        wait_until(lambda: self.said.count(text) >= count or self.process.poll() is not None, f"for {text!r}", timeout)
-        time.sleep(0.1)
+    def wait_for(self, text: str, count: int = 1, timeout: float = 400.0) -> None:
+        def said_or_ended() -> bool:
+            return self.said.count(text) >= count or not self._reader.is_alive()
+
+        wait_until(said_or_ended, f"for {text!r}", timeout)
         assert self.said.count(text) >= count, self.said
 
-    def wait(self, timeout: float = 180.0) -> int:
+    def wait(self, timeout: float = 400.0) -> int:
         """The exit code."""
         code = self.process.wait(timeout=timeout)
         self._reader.join(timeout=5)

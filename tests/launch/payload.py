@@ -32,9 +32,11 @@ elif behaviour == "raise once" and attempt == "0":
     Path(os.environ["TORCHELASTIC_ERROR_FILE"]).write_text(json.dumps(error))
     time.sleep(0.5 if chosen else 0)
     finish(1)
+elif behaviour == "raise" and chosen:
+    finish(1)
 elif behaviour == "refuse":
     finish(2)
-if behaviour in ("stop", "die", "wait"):
+if behaviour in ("stop", "die", "wait", "raise"):
     print(f"rank {rank} waits", flush=True)
     time.sleep(300)
 finish(0)

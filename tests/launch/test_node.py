@@ -36,6 +36,13 @@ def test_a_failure_names_rank_and_coordinates_and_ends_the_others(tmp_path: Path
         assert not any(map(runs, pids(tmp_path)))
 
 
+def test_the_worker_that_failed_is_named_not_one_that_was_killed_for_it(tmp_path: Path) -> None:
+    with launch(tmp_path, "raise", "1", nproc=3) as launcher:
+        assert launcher.wait() == 1
+        assert f"pangu: rank 1 (tp 1) on node 0 ({HOST}) ended with exit code 1" in launcher.said
+        assert not any(map(runs, pids(tmp_path)))
+
+
 def test_sigterm_lets_workers_save_once(tmp_path: Path) -> None:
     with launch(tmp_path, "stop", max_restarts=3) as launcher:
         launcher.wait_for("waits", count=2)
