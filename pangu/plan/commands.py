@@ -2,6 +2,7 @@
 
 import argparse
 import dataclasses
+import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -19,6 +20,8 @@ from pangu.plan.report import print_plan, print_search
 from pangu.plan.search import Plan, Search, search, smallest_cluster
 from pangu.plan.space import FREE, parse_layout
 
+_WIDTH_OF_FILES = 160
+
 _DESCRIPTION = """\
 Find the layout in which CONFIG trains fastest on a cluster, and what a step will cost. --section.field value overrides
 a field of CONFIG. `pangu plan predict --help`: predictions for published measurements.
@@ -32,7 +35,7 @@ def run(arguments: Sequence[str]) -> int:
 
         return predict(arguments[1:])
     options, overrides = _parser().parse_known_args(arguments)
-    console = Console()
+    console = Console(width=None if sys.stdout.isatty() else _WIDTH_OF_FILES)
     if options.calibrate:
         return _calibrate(options, console)
     if not options.config:

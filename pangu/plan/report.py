@@ -30,7 +30,7 @@ def print_search(console: Console, search: Search) -> None:
     looked = f"{search.considered:,} layouts considered, {search.too_large:,} of the promising ones do not fit, "
     looked += f"{search.evaluated:,} simulated"
     if search.unseen < first.time.step:
-        looked += f"; one that was not could take {search.unseen:.3g} s at best"
+        looked += f"; the best of the others is estimated at {search.unseen:.3g} s or more"
     console.print(looked + ".", style="dim")
     if len(search.plans) > 1:
         print_comparison(console, first, search.plans[1])
@@ -127,8 +127,8 @@ def layer_list(layers: Sequence[int]) -> str:
 def _summary(plans: Sequence[Plan]) -> Table:
     table = Table(
         "",
-        "layout",
-        "layers of stages",
+        Column("layout", overflow="fold"),
+        Column("layers of stages", overflow="fold"),
         "recompute",
         _right("step, s"),
         _right("tokens/s"),
@@ -194,4 +194,4 @@ def _ranks(plan: Plan) -> Table:
 
 
 def _right(header: str) -> Column:
-    return Column(header, justify="right")
+    return Column(header, justify="right", overflow="fold")

@@ -1,11 +1,11 @@
-"""Finding the fastest layout that fits: best-first over lower bounds, so that only promising layouts are simulated.
+"""Finding the fastest layout that fits: best-first over closed-form estimates, simulating only what looks promising.
 
-Every shape (sizes of the dimensions, schedule, micro-batch, ZeRO stage) has a lower bound of its step time: the passes
-of the slowest rank in the best dealing of layers, and the time in which a pipeline must fill. Shapes are evaluated from
-the smallest bound on, until no bound is below the slowest of the plans to be kept, or some hundreds have been.
-Evaluating a shape chooses, rank by rank, the cheapest recomputation that fits and deals the layers (balance.py), then
-takes the step's time from the time model, which simulates the pipeline. The best plans are polished by moving single
-layers.
+Every shape (sizes of the dimensions, schedule, micro-batch, ZeRO stage) has an estimate of its step time, on the low
+side: the passes of the slowest rank in the best dealing of layers, and the time in which a pipeline must fill. Shapes
+are evaluated by rising estimate, one kind (sizes of the dimensions) after the other, until no estimate is below the
+slowest of the plans to be kept, or some hundreds have been. Evaluating a shape chooses, rank by rank, the cheapest
+recomputation that fits and deals the layers (balance.py), then takes the step's time from the time model, which
+simulates the pipeline. The best plans are polished by moving single layers.
 """
 
 import dataclasses
@@ -28,6 +28,8 @@ from pangu.plan.time import StageTime, StepTime, step_time
 
 MOST_EVALUATIONS = 500
 """Shapes evaluated before a thorough search settles for what it has."""
+EVALUATIONS_PER_KIND = 40
+"""Shapes of one kind evaluated at most."""
 MOST_WAYS = 64
 """Ways in which tensor and context parallelism may divide a layer, at most, when a larger cluster is looked for."""
 POLISHED = 12
@@ -109,11 +111,11 @@ class Search:
     considered: int = 0
     """Shapes that could run, memory aside."""
     too_large: int = 0
-    """Promising ones that no recomputation makes fit."""
+    """Of promising kinds, those that no recomputation makes fit."""
     evaluated: int = 0
     """Shapes whose layers were dealt and whose pipeline was simulated."""
     unseen: float = math.inf
-    """Seconds that no shape which was not evaluated can beat."""
+    """Least estimate of the shapes that were not evaluated."""
 
 
 Kind = tuple[object, ...]
@@ -138,12 +140,14 @@ def search(
     it quick: it then polishes the first two plans only.
     """
     result, space = Search(), Space(config, cluster, constraints)
-    queue: list[_Entry] = []
+    kinds: dict[Kind, list[Shape]] = {}
     for shape in shapes(config, world_size, cluster.node.devices, constraints):
-        queue.append((space.bound(shape), False, result.considered, shape))
+        kinds.setdefault(space.kind(shape), []).append(shape)
         result.considered += 1
-    kept = max(keep, POLISHED) if evaluations == MOST_EVALUATIONS else keep + 1
-    result.plans = _evaluate(space, queue, kept, evaluations, result, progress)
+    thorough = evaluations == MOST_EVALUATIONS
+    result.plans = _best_of_kinds(
+        space, list(kinds.values()), max(keep, POLISHED) if thorough else keep + 1, evaluations, result, progress
+    )
     for index, plan in enumerate(result.plans):
         progress(1.0, f"moving single layers, plan {index + 1} of {len(result.plans)}")
         result.plans[index] = space.polish(plan)
@@ -152,44 +156,58 @@ def search(
     return result
 
 
-_Entry = tuple[float, bool, int, Shape]  # bound, whether memory is counted in it, number, shape
-
-
-def _evaluate(
-    space: "Space", queue: list[_Entry], keep: int, evaluations: int, result: Search, progress: Progress
+def _best_of_kinds(
+    space: "Space", kinds: list[list[Shape]], keep: int, evaluations: int, result: Search, progress: Progress
 ) -> list[Plan]:
-    """The fastest plan of each of the `keep` fastest kinds: shapes by rising bound, until none can be among them."""
+    """The fastest plan of each of the `keep` fastest kinds, by rising estimate until none is expected among them."""
+    queue = [(min(map(space.estimate, members)), False, index) for index, members in enumerate(kinds)]
     heapq.heapify(queue)
-    found: dict[Kind, Plan] = {}
-    limit = math.inf
-    sharding_costs_only: set[Shape] = set()
-    while queue and queue[0][0] < limit and result.evaluated < evaluations:
-        bound, checked, number, shape = heapq.heappop(queue)
-        kind, zero_1 = space.kind(shape), dataclasses.replace(shape, zero_stage=1)
-        rival = found.get(kind)
-        if (rival and rival.time.step <= bound) or zero_1 in sharding_costs_only:
+    found: list[Plan] = []
+    while queue and queue[0][0] < _limit(found, keep) and result.evaluated < evaluations:
+        _, checked, index = heapq.heappop(queue)
+        share = 1 - len(queue) / len(kinds)
+        progress(share, f"{result.evaluated:,} layouts simulated, best {_limit(found, 1):.3g} s")
+        estimates = {shape: space.estimate_with_memory(shape) for shape in kinds[index]}
+        fitting = [shape for shape, estimate in estimates.items() if math.isfinite(estimate)]
+        kinds[index] = sorted(fitting, key=estimates.__getitem__)
+        result.too_large += len(estimates) - len(fitting)
+        if checked:
+            limit = _limit(found, keep)
+            plan, unseen = _best_of_kind(space, {shape: estimates[shape] for shape in kinds[index]}, limit, result)
+            found += [plan] if plan else []
+            result.unseen = min(result.unseen, unseen)
+        elif kinds[index]:
+            heapq.heappush(queue, (estimates[kinds[index][0]], True, index))
+    result.unseen = min([result.unseen, *(estimate for estimate, *_ in queue)])
+    return sorted(found, key=lambda plan: plan.time.step)[:keep]
+
+
+def _best_of_kind(
+    space: "Space", estimates: dict[Shape, float], limit: float, result: Search
+) -> tuple[Plan | None, float]:
+    """The fastest plan of shapes in the order of their estimates, and the least estimate of those not simulated."""
+    best, sharding_costs_only, left = None, set(), EVALUATIONS_PER_KIND
+    for shape, estimate in estimates.items():
+        if estimate >= limit or left == 0:
+            return best, estimate
+        zero_1 = dataclasses.replace(shape, zero_stage=1)
+        if zero_1 in sharding_costs_only:
             continue
-        if not checked:
-            bound = space.bound_with_memory(shape)
-            if math.isfinite(bound):
-                heapq.heappush(queue, (bound, True, number, shape))
-            else:
-                result.too_large += 1
-            continue
-        fastest = min((plan.time.step for plan in found.values()), default=math.inf)
-        progress(1 - len(queue) / result.considered, f"{result.evaluated:,} layouts simulated, best {fastest:.3g} s")
+        left -= 1
         result.evaluated += 1
         plan = space.evaluate(shape)
         if plan is None:
             continue
         if shape == zero_1 and set(plan.job.recompute) == {"none"}:
             sharding_costs_only.add(shape)
-        if rival is None or plan.time.step < rival.time.step:
-            found[kind] = plan
-            seconds = sorted(plan.time.step for plan in found.values())
-            limit = seconds[keep - 1] if len(seconds) >= keep else math.inf
-    result.unseen = queue[0][0] if queue else math.inf
-    return sorted(found.values(), key=lambda plan: plan.time.step)[:keep]
+        if best is None or plan.time.step < best.time.step:
+            best, limit = plan, min(limit, plan.time.step)
+    return best, math.inf
+
+
+def _limit(found: Sequence[Plan], keep: int) -> float:
+    """Seconds that a further plan must beat to be one of the `keep` fastest."""
+    return sorted(plan.time.step for plan in found)[keep - 1] if len(found) >= keep else math.inf
 
 
 @dataclass(frozen=True)
@@ -201,8 +219,19 @@ class Units:
     head: float
 
 
+@dataclass(frozen=True)
+class _Costs:
+    """Seconds of a shape with even layers and the recomputation it needs."""
+
+    layer: float
+    """All passes of one micro-batch through one layer."""
+    after_passes: float
+    """From the last pass to the optimizer."""
+    optimizer: float
+
+
 class Space:
-    """Bounds and plans of shapes, with a memory for what shapes have in common."""
+    """Estimates and plans of shapes, with a memory for what shapes have in common."""
 
     def __init__(self, config: Config, cluster: Cluster, constraints: Constraints) -> None:
         self.config = config
@@ -213,32 +242,46 @@ class Space:
         mode = constraints.recompute
         self.levels = [level for level in LEVELS if mode is None or level == Level(mode)]
         self._units: dict[tuple[int, int, int], Units] = {}
-        self._layer_seconds: dict[tuple[int, ...], float] = {}
+        self._known_costs: dict[tuple[Shape, int], _Costs | None] = {}
 
     def kind(self, shape: Shape) -> Kind:
         """Sizes of the dimensions, so that plans differ in more than a stage; every shape when they are given."""
         return (shape.tp, shape.cp, shape.pp, shape.dp) if self.constraints.pp is None else (shape,)
 
-    def bound(self, shape: Shape) -> float:
-        """Seconds that no dealing of layers beats when sends are free and nothing is recomputed.
+    def estimate(self, shape: Shape) -> float:
+        """Seconds of a step by closed forms, on the low side, as if nothing were recomputed or sharded."""
+        return self._passes(shape, self.units(shape).layer["none"].total)
 
-        The slowest rank's passes, and the time in which it waits for the pipeline to fill and drain: a forward and a
-        backward pass of a stage of every other rank, a forward pass only where weight gradients fill the rest.
+    def estimate_with_memory(self, shape: Shape) -> float:
+        """`estimate` with as much recomputation as the average rank needs, and with data-parallel communication.
+
+        Infinite when the shape cannot fit.
         """
-        return self._bound(shape, self.units(shape).layer["none"].total)
-
-    def bound_with_memory(self, shape: Shape) -> float:
-        """`bound` with as much recomputation as the average rank needs; infinite when none is enough."""
-        return self._bound(shape, self._fitting_layer_seconds(shape))
-
-    def _bound(self, shape: Shape, layer: float) -> float:
-        if math.isinf(layer):
+        costs = self._costs(shape)
+        if costs is None:
             return math.inf
-        plain = self.units(shape).layer["none"]
-        slowest = _slowest_rank(self.num_layers, layer, self._extra_seconds(shape), shape.stages_per_rank)
-        waiting = plain.total if shape.schedule in ("1f1b", "interleaved_1f1b") else plain.forward
-        fill = (shape.pp - 1) * self.num_layers / shape.num_stages * waiting
-        return self._micro_batches(shape) * slowest + fill
+        return self._passes(shape, costs.layer) + costs.after_passes / shape.stages_per_rank + costs.optimizer
+
+    def _passes(self, shape: Shape, layer: float) -> float:
+        """From the first pass to the last, sends free: the longer of two things that a step cannot do without.
+
+        One is the slowest rank's passes, and the time in which it waits for the pipeline to fill and drain: a forward
+        and a backward pass of a stage of every other rank, a forward pass only where weight gradients fill the rest.
+        Ranks of interleaved schedules take turns, so that a stage made longer by the head holds up the others; counted
+        by half, which stays below what simulation finds. The other is the way of the first micro-batch through all
+        stages and back, with the other micro-batches behind it.
+        """
+        plain, extra = self.units(shape).layer["none"], self._extra_seconds(shape)
+        count, stage = self._micro_batches(shape), self.num_layers / shape.num_stages
+        slowest = _slowest_rank(self.num_layers, layer, extra, shape.stages_per_rank)
+        if shape.schedule.startswith("interleaved"):
+            slowest += max(0.0, max(extra) + (1 - stage) * layer) / 2
+        fills = plain.total if shape.schedule in ("1f1b", "interleaved_1f1b") else plain.forward
+        there_and_back = layer * (plain.forward + plain.backward_input) / plain.total
+        return max(
+            count * slowest + (shape.pp - 1) * stage * fills,
+            (self.num_layers + (count - 1) * stage) * there_and_back,
+        )
 
     def evaluate(self, shape: Shape) -> Plan | None:
         """The best plan of a shape; None when it does not fit."""
@@ -360,29 +403,28 @@ class Space:
             self.levels, key=lambda at: at.share * layer[at.mode].total + (1 - at.share) * layer["none"].total
         )
 
-    def _fitting_layer_seconds(self, shape: Shape) -> float:
-        """Seconds of a layer with as much recomputation as the average rank needs; infinite when none is enough.
-
-        Judged on 1F1B, which holds the fewest micro-batches of all schedules.
-        """
+    def _costs(self, shape: Shape) -> "_Costs | None":
+        """Judged on 1F1B and even layers: of all schedules it holds the fewest micro-batches. None: does not fit."""
         micro_batches = self._micro_batches(shape)
         if micro_batches >= shape.pp:
             shape = dataclasses.replace(shape, schedule="1f1b", stages_per_rank=1)
             micro_batches = shape.pp
-        key = (*dataclasses.astuple(shape), micro_batches)
-        if key not in self._layer_seconds:
-            self._layer_seconds[key] = self._least_recomputation(shape, micro_batches)
-        return self._layer_seconds[key]
+        key = (shape, micro_batches)
+        if key not in self._known_costs:
+            self._known_costs[key] = self._average_costs(shape, micro_batches)
+        return self._known_costs[key]
 
-    def _least_recomputation(self, shape: Shape, micro_batches: int) -> float:
+    def _average_costs(self, shape: Shape, micro_batches: int) -> "_Costs | None":
+        """With the least recomputation under which the memory of all ranks together suffices."""
         base = self.job(shape, self._even_layers(shape))
         base = dataclasses.replace(base, batch_size=micro_batches * shape.micro_batch_size * shape.dp)
-        layer = self.units(shape).layer
         for level in self._by_time(shape):
             job = self._with(base, base.layout.stage_layers, [level] * shape.pp)
             if sum(rank.total for rank in memory(job, self.cluster)) <= self.limit * shape.pp:
-                return level.share * layer[level.mode].total + (1 - level.share) * layer["none"].total
-        return math.inf
+                time = step_time(job, self.cluster)
+                passes = sum(stage.total for stage in time.stages) - sum(self._extra_seconds(shape))
+                return _Costs(passes / self.num_layers, time.step - time.pipeline - time.optimizer, time.optimizer)
+        return None
 
     def _extra_seconds(self, shape: Shape) -> list[float]:
         """Per pipeline rank, what the embedding and the head add."""
@@ -478,4 +520,4 @@ def _fits_somewhere(config: Config, cluster: Cluster, devices: int) -> bool:
     space = Space(config, cluster, FREE)
     smallest = Constraints(micro_batch_size=1, zero_stage=3)
     candidates = shapes(config, devices, cluster.node.devices, smallest)
-    return any(math.isfinite(space.bound_with_memory(shape)) and space.evaluate(shape) for shape in candidates)
+    return any(math.isfinite(space.estimate_with_memory(shape)) and space.evaluate(shape) for shape in candidates)

@@ -68,7 +68,14 @@ class Order:
 
     def stages_of(self, rank: int) -> tuple[int, ...]:
         """A rank's stages in the model's order."""
-        return tuple(stage for stage in range(self.num_stages) if self.rank_of(stage) == rank)
+        return self._stages[rank]
+
+    @cached_property
+    def _stages(self) -> tuple[tuple[int, ...], ...]:
+        held: list[list[int]] = [[] for _ in range(self.pp)]
+        for stage in range(self.num_stages):
+            held[self.rank_of(stage)].append(stage)
+        return tuple(map(tuple, held))
 
     @cached_property
     def steps(self) -> tuple[_Step, ...]:
