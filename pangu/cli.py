@@ -93,12 +93,13 @@ def _train(options: argparse.Namespace) -> int:
         cann_emulator.install()
     from torch.distributed.elastic.multiprocessing.errors import record
 
+    from pangu.plan.reality import predictor
     from pangu.train.trainer import train
 
     output = options.output or Path("runs") / Path(options.config).stem
     # What a worker dies of is left where `pangu launch` and torchrun look for it.
     run = record(train) if "TORCHELASTIC_ERROR_FILE" in os.environ else train
-    return 0 if run(config, output, resume=options.resume) else 130
+    return 0 if run(config, output, resume=options.resume, predict=predictor(config)) else 130
 
 
 def _add_launch(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:

@@ -50,7 +50,6 @@ ALLOWED = {
         "pangu.device",
         "pangu.model",
         "pangu.parallel",
-        "pangu.plan",
         "pangu.tokenizer",
         "pangu_kernels",
     },

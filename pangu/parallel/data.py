@@ -1,11 +1,12 @@
 """Data parallelism: FSDP2 over the ranks that see other tokens, as ZeRO 1, 2 or 3 (Rajbhandari et al. 2020)."""
 
-from typing import Literal
+from dataclasses import dataclass
+from typing import Any, Literal
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
-from torch.distributed.tensor import DTensor, Shard
+from torch.distributed.tensor import Shard
 
 from pangu.model import Transformer
 from pangu.model.local import local
@@ -34,6 +35,7 @@ def apply_fsdp(model: Transformer, mesh: Mesh, zero_stage: Literal[1, 2, 3]) -> 
             reshard_after_forward=zero_stage == 3 and module is not model,
             shard_placement_fn=placement,
         )
+    _keep_on_host(model)
 
 
 def set_last_micro_batch(model: nn.Module, last: bool, zero_stage: Literal[1, 2, 3]) -> None:
@@ -45,17 +47,30 @@ def set_last_micro_batch(model: nn.Module, last: bool, zero_stage: Literal[1, 2,
         model.set_reshard_after_backward(last or zero_stage == 3)
 
 
+@dataclass(frozen=True)
+class _Held:
+    """A tensor among a module's arguments that FSDP does not see."""
+
+    tensor: Tensor
+
+
+def _keep_on_host(model: nn.Module) -> None:
+    """Leave tensors on the CPU there: on an accelerator FSDP moves all arguments of its root module to the device, and
+    document boundaries belong to the host."""
+
+    def hide(module: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
+        return tuple(_Held(arg) if isinstance(arg, Tensor) and arg.device.type == "cpu" else arg for arg in args)
+
+    def show(module: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
+        return tuple(arg.tensor if isinstance(arg, _Held) else arg for arg in args)
+
+    model.register_forward_pre_hook(hide, prepend=True)
+    model.register_forward_pre_hook(show)
+
+
 def _shard_dimension(shape: torch.Size, size: int) -> int:
     """The first dimension that `size` ranks share evenly; 0 if there is none, where FSDP pads.
 
     Stacked weights such as the feed-forward layer's `[2, F, H]` would otherwise leave most ranks without a share.
     """
     return next((dim for dim, length in enumerate(shape) if length % size == 0), 0)
-
-
-def is_sharded(parameter: torch.Tensor, dimension: str) -> bool:
-    """Whether a parameter is a DTensor that is sharded over the mesh dimension of this name."""
-    if not isinstance(parameter, DTensor):
-        return False
-    names = parameter.device_mesh.mesh_dim_names or ()
-    return dimension in names and not parameter.placements[names.index(dimension)].is_replicate()

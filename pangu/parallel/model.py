@@ -11,7 +11,7 @@ from pangu.config import Config
 from pangu.data.batch import Batch
 from pangu.model import Transformer, generate, init_weights
 from pangu.parallel.context import apply_context_parallel
-from pangu.parallel.context_layout import shard_batch
+from pangu.parallel.context_layout import partition, shard_batch
 from pangu.parallel.data import apply_fsdp, set_last_micro_batch
 from pangu.parallel.gradients import local_gradients, squared_norm, sum_over
 from pangu.parallel.layout import Layout
@@ -53,8 +53,9 @@ def assemble(config: Config, layout: Layout, mesh: Mesh | None) -> list[Transfor
     pp_rank = 0 if mesh is None else mesh.coordinates["pp"]
     parts = [whole] if layout.pp == 1 else [split(whole, layout, stage) for stage in layout.stages_of(pp_rank)]
     apply_recompute(parts, config.parallel.recompute, pp_rank)
-    for part in parts if mesh is not None else ():
-        _distribute(part, config, mesh)
+    if mesh is not None:
+        for part in parts:
+            _distribute(part, config, mesh)
     return parts
 
 
@@ -79,6 +80,8 @@ class ParallelModel:
         self.target = target
         self.mesh = mesh
         self.parts = parts
+        self.context_imbalance = 1.0
+        """Attention's work on the busiest context-parallel rank over the mean, in the last step's worst micro-batch."""
         self.pipeline = Pipeline(self.parts, self.mesh, config) if self.mesh and layout.pp > 1 else None
         self.tied = TiedEmbedding(self.parts, self.mesh) if self.mesh and self.pipeline else None
         self.parameters: dict[str, nn.Parameter] = {}
@@ -143,6 +146,7 @@ class ParallelModel:
 
         Returns this rank's part of that loss, fp32 `[]`: parts of all ranks add up to it.
         """
+        self.context_imbalance = max(self._imbalance(batch) for batch in batches)
         batches = [self._mine(batch) for batch in batches]
         # FSDP takes the mean over the ranks that hold shards of the same parameters, where the loss is a sum.
         divisor = max(num_labels, 1) / self.gradient_ranks
@@ -188,6 +192,10 @@ class ParallelModel:
         part, weights = self.parts[0], batch.loss_weights
         loss_sum, _ = part.loss(batch.tokens, batch.labels, batch.position_ids, batch.cu_seqlens, weights)
         return loss_sum
+
+    def _imbalance(self, batch: Batch) -> float:
+        cp = self.layout.cp
+        return partition(batch.cu_seqlens, cp).imbalance() if cp > 1 else 1.0
 
     def _mine(self, batch: Batch) -> Batch:
         if self.mesh is not None and self.mesh.cp_group is not None:

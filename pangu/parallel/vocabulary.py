@@ -76,14 +76,15 @@ class ShardedLinearCrossEntropy(torch.autograd.Function):
         loss_weights: Tensor | None,
         group: dist.ProcessGroup,
     ) -> tuple[Tensor, Tensor]:
-        needs = ctx.needs_input_grad[:2]
+        x_needs, weight_needs = ctx.needs_input_grad[:2]
         loss_sum, token_loss, d_x, d_weight = reference.forward(
             x,
             weight,
             labels,
             loss_weights,
             0,
-            *needs,
+            x_needs,
+            weight_needs,
             loss_and_gradient_=partial(sharded_cross_entropy_, group=group),
             vocab_size=len(weight) * group.size(),
         )

@@ -10,19 +10,21 @@ import math
 import statistics
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from functools import partial
+from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
 from pangu.config import Config
+from pangu.data.schedule import Position
 from pangu.errors import PanguError
 from pangu.model.count import flops_per_token
 from pangu.parallel.layout import Layout, make_layout
-from pangu.plan.hardware import Cluster
+from pangu.plan.hardware import Cluster, load_cluster
 from pangu.plan.job import job_of
 from pangu.plan.memory import memory
 from pangu.plan.time import step_time
 from pangu.train.events import Event, read_events
+from pangu.train.meter import Predict
 from pangu.train.run import run_config
 
 STAGES = ("data", "forward_backward", "gradient_reduction", "optimizer", "other")
@@ -95,6 +97,25 @@ def expectation(
         memory_bytes=max(rank.allocated for rank in memory(job, cluster)),
         mfu=flops / (time.step * layout.world_size * peak),
     )
+
+
+def predictor(config: Config) -> Predict | None:
+    """What the trainer writes into a step's event beside its measurements; None without metrics.cluster.
+
+    Raises `ConfigError` for a cluster file that cannot be used.
+    """
+    if not config.metrics.cluster:
+        return None
+    cluster = load_cluster(config.metrics.cluster)
+    expect = cache(partial(expectation, config, cluster=cluster))
+
+    def predict(layout: Layout, position: Position, peak_flops: float, measured: Mapping[str, float]) -> dict[str, Any]:
+        expected = expect(
+            layout=layout, phase=position.phase_index, batch_size=position.batch_size, peak_flops=peak_flops
+        )
+        return expected.fields(measured)
+
+    return predict
 
 
 @dataclass(frozen=True)

@@ -68,6 +68,6 @@ def _generation_config(config: Config, world_size: int) -> Config:
     """Without what generation has no use for: a stream of a few tokens is not sharded, nor are documents."""
     parallel = ParallelConfig()
     if world_size > 1:
-        unused = {"cp": 1, "dp_replicate": 1, "dp_shard": 0, "sequence_parallel": False}
-        parallel = replace(config.parallel, **unused, zero_stage=3)
+        given = replace(config.parallel, cp=1, dp_replicate=1, dp_shard=0)
+        parallel = replace(given, sequence_parallel=False, zero_stage=3)
     return replace(config, parallel=parallel)

@@ -23,7 +23,7 @@ from pangu.parallel.layout import Layout, make_layout
 from pangu.parallel.mesh import connected, environment_rank
 from pangu.parallel.model import build_model
 from pangu.train.checkpoint import Checkpointer, complete_steps
-from pangu.train.meter import Meter
+from pangu.train.meter import Meter, Predict
 from pangu.train.optimizer import AdamW, clip_scale
 from pangu.train.report import Report
 from pangu.train.run import CHECKPOINTS, CONFIG, HANGS, TOKENIZER
@@ -33,11 +33,11 @@ from pangu.train.statistics import LayerStatistics
 from pangu.train.watchdog import Watchdog, spread
 
 
-def train(config: Config, output: Path, *, resume: bool = False) -> bool:
+def train(config: Config, output: Path, *, resume: bool = False, predict: Predict | None = None) -> bool:
     """Train `config` into the folder `output`; with `resume`, go on from its newest complete checkpoint if it has one.
 
     Started by torchrun or `pangu launch`, this process is one rank of the layout that config.parallel describes;
-    `output` must be the same folder for all of them.
+    `output` must be the same folder for all of them. predict: adds fields to every step's event.
     SIGINT and SIGTERM end the run after the step in progress, with a checkpoint. Returns whether the schedule's end was
     reached. Raises `ConfigError`, `DataError` and `DeviceError` before anything is allocated or written, later
     `CheckpointError` and `TrainingError`.
@@ -57,7 +57,7 @@ def train(config: Config, output: Path, *, resume: bool = False) -> bool:
         connected(target, config.parallel, world_size),
         Checkpointer(output / CHECKPOINTS, config.checkpoint) as checkpointer,
     ):
-        trainer = Trainer(config, output, target, schedule, loader, checkpointer, layout)
+        trainer = Trainer(config, output, target, schedule, loader, checkpointer, layout, predict)
         if resume:
             trainer.restore()
         return trainer.run()
@@ -99,6 +99,7 @@ class Trainer:
         loader: Loader,
         checkpointer: Checkpointer,
         layout: Layout,
+        predict: Predict | None = None,
     ) -> None:
         self.config = config
         self.output = output
@@ -113,7 +114,7 @@ class Trainer:
         self.model = build_model(config, layout, target)
         self.optimizer = AdamW(self.model.parameters.items(), config.optimizer)
         self.statistics = LayerStatistics(self.model.parts, self.model.gather)
-        self.meter = Meter(config, schedule, self.model)
+        self.meter = Meter(config, schedule, self.model, predict)
 
     def run(self) -> bool:
         """Train to the schedule's end; False when a signal stopped it before."""
@@ -134,10 +135,15 @@ class Trainer:
             while self.counters.step < total_steps and not stopping:
                 position = self.schedule.at(self.counters.step)
                 with watchdog.step(position.step):
-                    result = self.step(position, list(prefetcher.batches(position.step)))
+                    batches = list(prefetcher.batches(position.step))
+                    self.meter.lap("data")
+                    result = self.step(position, batches)
+                    self.meter.lap("optimizer")
                 measurements = self._measurements(position, result)
                 if self.model.layout.world_size > 1:
                     measurements |= spread(watchdog.busy_seconds, self.target)
+                if self.model.layout.cp > 1:
+                    measurements["context_imbalance"] = self.model.context_imbalance
                 report.write("step", self.counters.step, **measurements)
                 if result.statistics:
                     report.write("statistics", self.counters.step, **result.statistics)
@@ -169,6 +175,7 @@ class Trainer:
             part = self.model.forward_backward(batches, self.model.count_labels(batches))
         loss, norm = self.model.loss_and_gradient_norm(part)
         result = StepResult(loss.item(), norm.item(), statistics.result())
+        self.meter.lap("forward_backward")
         self.counters.step += 1
         if result.finite:
             self.counters.updates += 1

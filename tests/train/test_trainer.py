@@ -27,7 +27,7 @@ from pangu.train.events import read_events
 from pangu.train.run import load_model
 from pangu.train.trainer import Trainer, train
 
-TIMINGS = ("seconds", "tokens_per_second", "mfu", "memory_bytes", "seconds_left")
+TIMINGS = ("seconds", "stage_seconds", "tokens_per_second", "mfu", "memory_bytes", "seconds_left")
 
 
 def debug_config(*overrides: str) -> Config:
