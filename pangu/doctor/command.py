@@ -5,6 +5,7 @@ import json
 import math
 import os
 import platform
+import sys
 from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
@@ -34,7 +35,7 @@ def diagnose(
     Raises `ConfigError` for options that do not go together, before anything is measured.
     """
     _check(config, look_deep, emulate, nproc, json_file, cluster)
-    console = Console()
+    console = Console() if sys.stdout.isatty() else Console(width=160)
     findings = surface.examine(config)
     show(findings, console)
     measured = None

@@ -144,8 +144,9 @@ def _run(part: Any, config: Config, result: Measurements, world_size: int, timeo
                 result.records.setdefault(record.pop("part"), []).append(record)
         if failed is not None:
             messages = [record["message"] for record in result.records.pop("error", [])]
-            log = Path(folder, f"{failed}.log").read_text(errors="replace")
-            result.failures.append(messages[0] if messages else _why(part, failed, processes[failed].returncode, log))
+            printed = Path(folder, f"{failed}.log").read_text(errors="replace")
+            why = _why(part, failed, processes[failed].returncode, printed)
+            result.failures.append(messages[0] if messages else why)
 
 
 def _first_failure(processes: list[subprocess.Popen[bytes]], timeout: float) -> int | None:
@@ -167,9 +168,9 @@ def _first_failure(processes: list[subprocess.Popen[bytes]], timeout: float) -> 
     )
 
 
-def _why(part: str, rank: int, code: int, log: str) -> str:
+def _why(part: str, rank: int, code: int, printed: str) -> str:
     name = signal.Signals(-code).name if code < 0 else f"exit code {code}"
-    return f"{part}, rank {rank}, {name}: {' | '.join(log.strip().splitlines()[-3:])}"
+    return f"{part}, rank {rank}, {name}: {' | '.join(printed.strip().splitlines()[-3:])}"
 
 
 def _lines(path: Path) -> list[dict[str, Any]]:
