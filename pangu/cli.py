@@ -65,6 +65,8 @@ def _add_train(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") 
     command.add_argument("--resume", action="store_true", help="go on from RUN's newest complete checkpoint, if any")
     command.add_argument("--device", help="short for --train.device")
     command.add_argument("--emulate", action="store_true", help="with --device npu: torch_npu on an emulated CANN")
+    command.add_argument("--emulate-soc", metavar="SOC", default="Ascend910B2", help="what is emulated (%(default)s)")
+    command.add_argument("--emulate-asynchronous", action="store_true", help="streams of the emulator as threads")
     command.add_argument("--check", action="store_true", help="only say whether layout and data fit; needs no devices")
     command.add_argument("--world-size", type=int, metavar="N", help="with --check: ranks of the job")
     command.set_defaults(run=_train)
@@ -90,7 +92,7 @@ def _train(options: argparse.Namespace) -> int:
         from pangu.device import cann_emulator, environment
 
         environment.apply(config, leave=("TASK_QUEUE_ENABLE",))  # which the emulator sets
-        cann_emulator.install()
+        cann_emulator.install(options.emulate_soc, asynchronous=options.emulate_asynchronous)
     from torch.distributed.elastic.multiprocessing.errors import record
 
     from pangu.plan.reality import predictor
