@@ -38,11 +38,10 @@ def relevant(environ: Mapping[str, str]) -> dict[str, str]:
 
 
 def _recommended(config: Config, environ: Mapping[str, str]) -> Iterator[Finding]:
-    for error in npu_environment(config, environ).errors:
-        yield Finding(
-            SECTION, error.partition("=")[0], "fail", error, "mend it before training: Pangu refuses to start"
-        )
-    for name in [setting.name for setting in npu_environment(config, environ).settings]:
+    errors = {error.partition("=")[0]: error for error in npu_environment(config, environ).errors}
+    for name, error in errors.items():
+        yield Finding(SECTION, name, "fail", error, "mend it: Pangu refuses to train like this")
+    for name in [setting.name for setting in npu_environment(config, environ).settings if setting.name not in errors]:
         others = {other: value for other, value in environ.items() if other != name}
         setting = next(setting for setting in npu_environment(config, others).settings if setting.name == name)
         current = environ.get(name)
