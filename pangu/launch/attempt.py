@@ -56,18 +56,18 @@ class Failure:
 class Attempt:
     """The agent's process."""
 
-    def __init__(self, job: Job, number: int, address: str, port: int, own_address: str, folder: Path) -> None:
-        """Start it. `address` and `port` are the workers' meeting point; `own_address` is this node's."""
+    def __init__(self, job: Job, start: dict[str, Any], own_address: str, folder: Path) -> None:
+        """Start it as the coordinator's message `start` says; `own_address` is this node's."""
         self.stopping = False
         self._report = folder / "report.json"
         request = Request(
-            command=job.worker_command(number),
+            command=job.worker_command(resume=start["resume"]),
             nproc=job.nproc,
             nnodes=job.nnodes,
             node_rank=job.node_rank,
-            address=address,
-            port=port,
-            run_id=str(number),
+            address=start["address"],
+            port=start["port"],
+            run_id=str(start["attempt"]),
             join_seconds=job.join_seconds,
             stop_seconds=job.stop_seconds,
             folder=str(folder),

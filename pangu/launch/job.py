@@ -71,9 +71,9 @@ class Job:
             return self.command
         return (*self.command, "--resume")
 
-    def worker_command(self, attempt: int) -> list[str]:
-        """What the workers of an attempt run: from the second on, training goes on from its newest checkpoint."""
-        return [*self.program, *(self.resumed_command() if attempt else self.command)]
+    def worker_command(self, *, resume: bool) -> list[str]:
+        """What workers run."""
+        return [*self.program, *(self.resumed_command() if resume else self.command)]
 
     def launcher_command(self) -> list[str]:
         """The command, without what workers run, that makes a machine this job's node `node_rank`."""

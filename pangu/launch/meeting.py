@@ -4,7 +4,7 @@ Node 0's supervisor runs a `Coordinator`; every supervisor, node 0's included, i
 are JSON, one a line, `{"kind": ..., ...}`:
 
     to the coordinator                            to the members
-    join    node, host, digest, devices           start    attempt, address, port, servers: the workers can be started
+    join    node, host, digest, devices, started  start    attempt, resume, address, port, servers
     done    code: all workers of the node ended   abort    text, code, restart: a node failed or is lost
     failed  text, code, severity                  stop     end the workers after a checkpoint
     stop    somebody sent the node a signal       finish   code: every node is done
@@ -161,6 +161,7 @@ class Coordinator:
         self._nodes = [_Node() for _ in range(job.nnodes)]
         self._strangers: list[Connection] = []  # connected, but not yet joined
         self._attempt = 0
+        self._resume = False  # whether any node has started workers before: its checkpoints are to be gone on from
         self._running = self._stopping = self._finished = self._closed = False
         self._causes: list[_Cause] = []
         self._deadline = time.monotonic() + job.join_seconds  # for joining, or for settling on a cause
@@ -205,7 +206,7 @@ class Coordinator:
         node = next((node for node in self._nodes if node.connection is connection), None)
         try:
             if kind == "join":
-                self._join(connection, message["node"], message["digest"], message["host"], message["devices"])
+                self._join(connection, message)
             elif node is None:
                 raise ConnectionLostError("it has not joined")
             elif kind == "done":
@@ -245,8 +246,9 @@ class Coordinator:
             self._deadline = time.monotonic() + SETTLE_SECONDS
         self._causes.append(cause)
 
-    def _join(self, connection: Connection, rank: int, digest: str, host: str, devices: Any) -> None:
-        if digest != self.job.digest or not 0 <= rank < self.job.nnodes:
+    def _join(self, connection: Connection, message: Message) -> None:
+        rank, host = message["node"], message["host"]
+        if message["digest"] != self.job.digest or not 0 <= rank < self.job.nnodes:
             text = f"node {rank} ({host}) was started with another command than node 0"
             connection.send("abort", text=text, code=REFUSED, restart=False)
             return
@@ -255,7 +257,9 @@ class Coordinator:
             self._forget(node.connection, "it was started again")
         if connection in self._strangers:
             self._strangers.remove(connection)
-        node.connection, node.host, node.devices, node.joined, node.code = connection, host, devices, True, None
+        node.connection, node.host, node.devices = connection, host, message["devices"]
+        node.joined, node.code = True, None
+        self._resume = self._resume or message["started"]
 
     def _advance(self) -> None:
         now = time.monotonic()
@@ -289,7 +293,8 @@ class Coordinator:
         with socket.create_server(("", 0)) as probe:
             port = probe.getsockname()[1]
         servers = [{"address": self._address_of(node), "devices": node.devices} for node in self._nodes]
-        self._tell_all("start", attempt=self._attempt, address=address, port=port, servers=servers)
+        start = {"attempt": self._attempt, "resume": self._resume, "address": address, "port": port}
+        self._tell_all("start", **start, servers=servers)
 
     def _own_address(self) -> str:
         """Where the other nodes reached this one, which behind a Kubernetes service is not where they called it."""

@@ -66,7 +66,7 @@ class _Supervisor:
         self.devices = devices
         self.signals = signals
         self.host = socket.gethostname()
-        self.stop_sent = False
+        self.started = self.stop_sent = False
         self.ended = False
 
     def run(self) -> int:
@@ -111,6 +111,7 @@ class _Supervisor:
                 host=self.host,
                 digest=self.job.digest,
                 devices=[asdict(device) for device in self.devices],
+                started=self.started,
             )
             verdict = self._wait_for(member, "start", "abort", patience=0)
             if verdict["kind"] == "start":
@@ -128,7 +129,8 @@ class _Supervisor:
         if self.job.rank_table:
             rank_table.write(self.job.rank_table, start["servers"])
         with tempfile.TemporaryDirectory(prefix="pangu-launch-") as folder:
-            attempt = Attempt(self.job, start["attempt"], start["address"], start["port"], member.address, Path(folder))
+            attempt = Attempt(self.job, start, member.address, Path(folder))
+            self.started = True
             try:
                 while attempt.process.poll() is None:
                     message = member.receive(POLL_SECONDS)

@@ -3,7 +3,7 @@
 import socket
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack
 from typing import Any
 
@@ -18,10 +18,12 @@ Meet = Callable[..., tuple[Coordinator, list["Supervisor"]]]
 class Supervisor:
     """A member that reads in the background, as a real one does all the time."""
 
-    def __init__(self, port: int, job: Job, node: int) -> None:
+    def __init__(self, port: int, job: Job, node: int, heard: Sequence[Message] = ()) -> None:
+        """`heard`: what this supervisor has heard from a coordinator that is no more."""
         self.member = Member.connect("127.0.0.1", port, job.lost_seconds)
         self.job, self.node = job, node
-        self.messages: list[Message] = []
+        self.messages: list[Message] = []  # not yet taken by `next`
+        self.heard = list(heard)
         self.lost = ""
         self._end = threading.Event()
         self._thread = threading.Thread(target=self._read, daemon=True)
@@ -29,7 +31,14 @@ class Supervisor:
         self._thread.start()
 
     def join(self) -> None:
-        self.member.send("join", node=self.node, host=f"host{self.node}", digest=self.job.digest, devices=[])
+        self.member.send(
+            "join",
+            node=self.node,
+            host=f"host{self.node}",
+            digest=self.job.digest,
+            devices=[],
+            started=any(message["kind"] == "start" for message in self.heard),
+        )
 
     def _read(self) -> None:
         try:
@@ -37,6 +46,7 @@ class Supervisor:
                 message = self.member.receive(0.05)
                 if message:
                     self.messages.append(message)
+                    self.heard.append(message)
         except ConnectionLostError as error:
             self.lost = str(error)
 
@@ -96,7 +106,7 @@ def test_all_start_together_and_finish_together(meet: Meet) -> None:
     _, nodes = meet(3)
     starts = [node.next("start") for node in nodes]
     assert starts[0] == starts[1] == starts[2]
-    assert starts[0]["attempt"] == 0
+    assert (starts[0]["attempt"], starts[0]["resume"]) == (0, False)
     assert len(starts[0]["servers"]) == 3
     for node in nodes[:2]:
         node.member.send("done", code=0)
@@ -156,6 +166,22 @@ def test_restarts_are_counted_and_need_all_nodes(meet: Meet) -> None:
     assert nodes[0].next("start")["attempt"] == back.next("start")["attempt"] == 1
     back.close()
     assert nodes[0].next("abort")["restart"] is False
+
+
+def test_a_new_coordinator_goes_on_from_what_others_have_trained(meet: Meet) -> None:
+    """Node 0 was killed and started again, without --resume perhaps; node 1 has started workers before."""
+    coordinator, nodes = meet(2)
+    nodes[1].next("start")
+    coordinator.close(at_once=True)
+    again = Coordinator(nodes[1].job)
+    try:
+        fresh, other = Supervisor(again.port, nodes[0].job, 0), Supervisor(again.port, nodes[1].job, 1, nodes[1].heard)
+        for node in (fresh, other):
+            assert (start := node.next("start"))["resume"] is True
+            assert start["attempt"] == 0
+            node.close()
+    finally:
+        again.close(at_once=True)
 
 
 def test_a_node_that_comes_back_before_it_was_missed_is_a_lost_node(meet: Meet) -> None:
