@@ -21,7 +21,7 @@ from pangu.files import write_atomically
 from pangu.model.count import num_parameters
 from pangu.parallel.layout import Layout, make_layout
 from pangu.parallel.mesh import connected, environment_rank
-from pangu.parallel.model import build_model
+from pangu.parallel.model import ParallelModel, build_model
 from pangu.train.checkpoint import Checkpointer, complete_steps
 from pangu.train.meter import Meter, Predict
 from pangu.train.optimizer import AdamW, clip_scale
@@ -84,8 +84,50 @@ class StepResult:
         return math.isfinite(self.loss) and math.isfinite(self.grad_norm)
 
 
-class Trainer:
-    """Owns model, optimizer and counters; `run` takes steps until the schedule ends or a signal arrives.
+class Learner:
+    """Owns model, optimizer and counters; `step` changes them."""
+
+    def __init__(
+        self, config: Config, schedule: Schedule, model: ParallelModel, predict: Predict | None = None
+    ) -> None:
+        self.config = config
+        self.schedule = schedule
+        self.model = model
+        self.counters = Counters()
+        self.optimizer = AdamW(model.parameters.items(), config.optimizer)
+        self.statistics = LayerStatistics(model.parts, model.gather)
+        self.meter = Meter(config, schedule, model, predict)
+
+    def step(self, position: Position, batches: Sequence[Batch]) -> StepResult:
+        """One optimizer step over `batches`, skipped when the loss or the gradient is not finite.
+
+        The loss is the mean over all labelled tokens of the step, whatever the micro-batches they came in.
+        """
+        self.model.rope_base = position.phase.rope_base or self.config.model.rope_base
+        interval = self.config.metrics.statistics_interval
+        with self.statistics.record((position.step + 1) % interval == 0 if interval else False) as statistics:
+            part = self.model.forward_backward(batches, self.model.count_labels(batches))
+        loss, norm = self.model.loss_and_gradient_norm(part)
+        result = StepResult(loss.item(), norm.item(), statistics.result())
+        self.meter.lap("forward_backward")
+        self.counters.step += 1
+        if result.finite:
+            self.counters.updates += 1
+            self.counters.skipped_in_a_row = 0
+            self.optimizer.step(
+                self.counters.updates,
+                self.schedule.learning_rate(position),
+                clip_scale(norm, self.config.optimizer.clip_norm),
+            )
+        else:
+            self.counters.skipped_steps += 1
+            self.counters.skipped_in_a_row += 1
+        self.optimizer.zero_grad()
+        return result
+
+
+class Trainer(Learner):
+    """Takes a `Learner` through a run: `run` takes steps until the schedule ends or a signal arrives.
 
     Every rank has one, and all of them take the same decisions; rank 0 alone writes events and talks to the console.
     """
@@ -101,20 +143,14 @@ class Trainer:
         layout: Layout,
         predict: Predict | None = None,
     ) -> None:
-        self.config = config
-        self.output = output
-        self.target = target
-        self.schedule = schedule
-        self.loader = loader
-        self.checkpointer = checkpointer
-        self.counters = Counters()
-        self.spikes = SpikeDetector(config.metrics.spike_window, config.metrics.spike_deviations)
         torch.use_deterministic_algorithms(config.train.deterministic)
         torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]  # nothing reads it
-        self.model = build_model(config, layout, target)
-        self.optimizer = AdamW(self.model.parameters.items(), config.optimizer)
-        self.statistics = LayerStatistics(self.model.parts, self.model.gather)
-        self.meter = Meter(config, schedule, self.model, predict)
+        super().__init__(config, schedule, build_model(config, layout, target), predict)
+        self.output = output
+        self.target = target
+        self.loader = loader
+        self.checkpointer = checkpointer
+        self.spikes = SpikeDetector(config.metrics.spike_window, config.metrics.spike_deviations)
 
     def run(self) -> bool:
         """Train to the schedule's end; False when a signal stopped it before."""
@@ -163,33 +199,6 @@ class Trainer:
             self.save()
         self.checkpointer.check()
         self._stop_if_stuck()
-
-    def step(self, position: Position, batches: Sequence[Batch]) -> StepResult:
-        """One optimizer step over `batches`, skipped when the loss or the gradient is not finite.
-
-        The loss is the mean over all labelled tokens of the step, whatever the micro-batches they came in.
-        """
-        self.model.rope_base = position.phase.rope_base or self.config.model.rope_base
-        interval = self.config.metrics.statistics_interval
-        with self.statistics.record((position.step + 1) % interval == 0 if interval else False) as statistics:
-            part = self.model.forward_backward(batches, self.model.count_labels(batches))
-        loss, norm = self.model.loss_and_gradient_norm(part)
-        result = StepResult(loss.item(), norm.item(), statistics.result())
-        self.meter.lap("forward_backward")
-        self.counters.step += 1
-        if result.finite:
-            self.counters.updates += 1
-            self.counters.skipped_in_a_row = 0
-            self.optimizer.step(
-                self.counters.updates,
-                self.schedule.learning_rate(position),
-                clip_scale(norm, self.config.optimizer.clip_norm),
-            )
-        else:
-            self.counters.skipped_steps += 1
-            self.counters.skipped_in_a_row += 1
-        self.optimizer.zero_grad()
-        return result
 
     def validate(self, position: Position) -> dict[str, float]:
         """Mean loss per token of each domain's held-out sequences, at the sequence length of `position`."""
