@@ -9,9 +9,8 @@ from typing import Any
 
 import torch
 from pangu_kernels.deferred import Deferred
-from pangu_kernels.weight_gradient import Destination, weight_gradient
+from pangu_kernels.weight_gradient import Destination
 from torch import Tensor, nn
-from torch.autograd.graph import get_gradient_edge
 from torch.nn import functional as F
 
 from pangu.model.local import local
@@ -34,14 +33,19 @@ class Linear(nn.Module):
         self.deferred: Deferred | None = None
 
     def forward(self, x: Tensor) -> Tensor:
-        weight = local(self.weight)
         bias = None if self.bias is None else local(self.bias).flatten()
-        if torch.is_grad_enabled() and (x.dtype in _HALF or self.deferred is not None):
-            destination = Destination(weight)
-            if destination.dtype != x.dtype or self.deferred is not None:
-                y: Tensor = _Linear.apply(x, weight, bias, destination, self.deferred)
-                return y
-        return _project(x, weight, bias)
+        return project(x, local(self.weight), bias, self.deferred)
+
+
+def project(x: Tensor, weight: Tensor, bias: Tensor | None = None, deferred: Deferred | None = None) -> Tensor:
+    """What `Linear` does to x `[T, H]`, with these parameters: weight `[..., H]` and bias flat, or this process's parts
+    of them."""
+    if torch.is_grad_enabled() and (x.dtype in _HALF or deferred is not None):
+        destination = Destination(weight, deferred)
+        if destination.dtype != x.dtype or deferred is not None:
+            y: Tensor = _Linear.apply(x, weight, bias, destination)
+            return y
+    return _project(x, weight, bias)
 
 
 def _project(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
@@ -55,32 +59,19 @@ class _Linear(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(
-        ctx: Any,
-        x: Tensor,
-        weight: Tensor,
-        bias: Tensor | None,
-        destination: Destination,
-        deferred: Deferred | None,
-    ) -> Tensor:
+    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, destination: Destination) -> Tensor:
         ctx.save_for_backward(x, weight)
-        ctx.destination, ctx.deferred = destination, deferred
-        ctx.edge = None if deferred is None else get_gradient_edge(weight)
+        ctx.destination = destination
         return _project(x, weight, bias)
 
     @staticmethod
     def backward(ctx: Any, d_y: Tensor) -> tuple[Tensor | None, ...]:
         x, weight = ctx.saved_tensors
-        shape, dtype = weight.shape, ctx.destination.dtype
         d_y = d_y.contiguous()  # autograd expands the gradient of a sum
         d_x = d_y @ weight.flatten(0, -2).to(d_y.dtype) if ctx.needs_input_grad[0] else None
-        d_weight = None
-        if ctx.deferred is not None:
-            ctx.deferred.add(ctx.edge, lambda: weight_gradient(d_y, x, dtype).view(shape))
-        elif ctx.needs_input_grad[1]:
-            d_weight = ctx.destination.gradient(d_y, x)
-        d_bias = d_y.sum(0, dtype=dtype) if ctx.needs_input_grad[2] else None
-        return d_x, None if d_weight is None else d_weight.view(shape), d_bias, None, None
+        d_weight = ctx.destination.gradient(d_y, x) if ctx.needs_input_grad[1] else None
+        d_bias = d_y.sum(0, dtype=ctx.destination.dtype) if ctx.needs_input_grad[2] else None
+        return d_x, None if d_weight is None else d_weight.view(weight.shape), d_bias, None
 
 
 InputProjection = Callable[[Tensor, Sequence[Linear]], list[Tensor]]

@@ -29,13 +29,12 @@ from pangu_kernels.overlap import (
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, Placement, Replicate, Shard
-from torch.nn import functional as F
 
 from pangu.config import ModelConfig, ParallelConfig
 from pangu.model import Transformer
 from pangu.model.attention import Attention
 from pangu.model.feed_forward import FeedForward
-from pangu.model.linear import Linear
+from pangu.model.linear import Linear, project
 from pangu.model.local import local
 from pangu.model.local_filter import TwoConvolutions
 from pangu.parallel import vocabulary
@@ -86,10 +85,10 @@ class TensorParallel:
         """`pangu.model.linear.project_inputs` of all tokens, with this rank's columns of every weight."""
         weights = [self._columns(linear.weight) for linear in linears]
         if self.parallel.sequence_parallel:
-            products = all_gather_matmul(x, weights, self.group, **self._overlap)
+            products = all_gather_matmul(x, weights, self.group, deferred=linears[0].deferred, **self._overlap)
         else:
             gathered = copy_to_group(x, self.group)
-            products = [F.linear(gathered, weight.to(x.dtype)) for weight in weights]
+            products = [project(gathered, weight, deferred=linears[0].deferred) for weight in weights]
         biases = [None if linear.bias is None else self._columns(linear.bias, 1) for linear in linears]
         return [y if bias is None else y + bias.to(y.dtype) for y, bias in zip(products, biases, strict=True)]
 
@@ -97,9 +96,9 @@ class TensorParallel:
         """`pangu.model.linear.project_output`, summed over ranks; the bias is added once, to the sum."""
         weight = local(linear.weight)
         if self.parallel.sequence_parallel:
-            y = matmul_reduce_scatter(x, weight, self.group, **self._overlap)
+            y = matmul_reduce_scatter(x, weight, self.group, deferred=linear.deferred, **self._overlap)
         else:
-            y = reduce_from_group(F.linear(x, weight.to(x.dtype)), self.group)
+            y = reduce_from_group(project(x, weight, deferred=linear.deferred), self.group)
         return y if linear.bias is None else y + local(linear.bias).to(y.dtype)
 
     def convolve(

@@ -18,6 +18,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from pangu_kernels.checks import check_operand, check_tensor
+from pangu_kernels.deferred import Deferred
 from pangu_kernels.overlap import chunked, reference
 from pangu_kernels.overlap.collectives import (
     all_gather_rows,
@@ -51,6 +52,7 @@ def all_gather_matmul(
     mode: str = "auto",
     num_chunks: int = 4,
     keep_gathered: bool = False,
+    deferred: Deferred | None = None,
 ) -> list[Tensor]:
     """`gather(x) weight^T` `[T, N_i]` for every weight, after one gather of x over the ranks of `group`.
 
@@ -58,7 +60,8 @@ def all_gather_matmul(
     cast to that of x for the matmul, with gradients in their own, accumulated in fp32 if that is fp32.
 
     Backward scatters the sum of x's gradient while it computes those of the weights. For these it gathers x again,
-    behind the matmul before: what is gathered is not kept between forward and backward, unless `keep_gathered`.
+    behind the matmul before: what is gathered is not kept between forward and backward, unless `keep_gathered`. With
+    `deferred` it leaves the gradients of the weights there; they keep alive what was gathered.
 
     Raises TypeError for what is no floating-point tensor or no process group; ValueError for shapes, devices or strides
     that do not fit, a num_chunks that does not divide the rows in mode "chunked", and limits exceeded in mode "fused".
@@ -74,19 +77,26 @@ def all_gather_matmul(
     piece_bytes = rows * depth * x.element_size() // max(1, num_chunks)
     mode = choose(operator, mode, x, [depth], piece_bytes, rows, group, num_chunks)
     if torch.is_grad_enabled():
-        return list(_AllGatherMatmul.apply(x, group, mode, num_chunks, keep_gathered, *weights))
+        return list(_AllGatherMatmul.apply(x, group, mode, num_chunks, keep_gathered, deferred, *weights))
     matrices = [weight.to(x.dtype).t() for weight in weights]
     return _all_gather_matmul(x, matrices, group, mode, num_chunks, False)[0]
 
 
 def matmul_reduce_scatter(
-    x: Tensor, weight: Tensor, group: dist.ProcessGroup, *, mode: str = "auto", num_chunks: int = 4
+    x: Tensor,
+    weight: Tensor,
+    group: dist.ProcessGroup,
+    *,
+    mode: str = "auto",
+    num_chunks: int = 4,
+    deferred: Deferred | None = None,
 ) -> Tensor:
     """This rank's rows `[T / size, N]` of the sum over ranks of `x weight^T`.
 
     x `[T, K]`, all rows and this rank's columns; weight `[N, K]`, this rank's columns, in any floating dtype: cast to
     that of x for the matmul, with gradients in its own, accumulated in fp32 if that is fp32. The sum over ranks is
-    taken in the dtype of x. Backward gathers the output's gradient once for both gradients.
+    taken in the dtype of x. Backward gathers the output's gradient once for both gradients. With `deferred` it leaves
+    that of the weight there, which keeps the gathered gradient alive.
 
     Raises TypeError for what is no floating-point tensor or no process group; ValueError for shapes, devices or strides
     that do not fit, rows that do not divide, a num_chunks that does not divide a rank's rows in mode "chunked", and
@@ -100,7 +110,7 @@ def matmul_reduce_scatter(
     piece_bytes = rows * width * x.element_size() // max(1, num_chunks)
     mode = choose(operator, mode, x, [depth, width], piece_bytes, rows, group, num_chunks)
     if torch.is_grad_enabled():
-        return _MatmulReduceScatter.apply(x, weight, group, mode, num_chunks)
+        return _MatmulReduceScatter.apply(x, weight, group, mode, num_chunks, deferred)
     return _matmul_reduce_scatter(x, weight.to(x.dtype).t(), group, mode, num_chunks)
 
 
@@ -118,15 +128,16 @@ class _AllGatherMatmul(torch.autograd.Function):
         mode: str,
         num_chunks: int,
         keep_gathered: bool,
+        deferred: Deferred | None,
         *weights: Tensor,
     ) -> tuple[Tensor, ...]:
-        weights_need_grad = any(ctx.needs_input_grad[5:])
+        weights_need_grad = any(ctx.needs_input_grad[6:])
         matrices = [weight.to(x.dtype).t() for weight in weights]
         keep_gathered = keep_gathered and weights_need_grad
         products, gathered = _all_gather_matmul(x, matrices, group, mode, num_chunks, keep_gathered)
         ctx.save_for_backward(gathered if keep_gathered else x if weights_need_grad else None, *weights)
         ctx.group, ctx.overlapped, ctx.is_gathered = group, mode != "reference", keep_gathered
-        ctx.destinations = [Destination(weight) for weight in weights]
+        ctx.destinations = [Destination(weight, deferred) for weight in weights]
         return tuple(products)
 
     @staticmethod
@@ -149,16 +160,25 @@ class _AllGatherMatmul(torch.autograd.Function):
             gathered = wait(gathered)
         d_weights = [
             destination.gradient(d_y, gathered) if needs_grad else None
-            for d_y, destination, needs_grad in zip(d_ys, ctx.destinations, ctx.needs_input_grad[5:], strict=True)
+            for d_y, destination, needs_grad in zip(d_ys, ctx.destinations, ctx.needs_input_grad[6:], strict=True)
         ]
-        return None if d_x is None else wait(d_x), None, None, None, None, *d_weights
+        return None if d_x is None else wait(d_x), None, None, None, None, None, *d_weights
 
 
 class _MatmulReduceScatter(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, x: Tensor, weight: Tensor, group: dist.ProcessGroup, mode: str, num_chunks: int) -> Tensor:
+    def forward(
+        ctx: Any,
+        x: Tensor,
+        weight: Tensor,
+        group: dist.ProcessGroup,
+        mode: str,
+        num_chunks: int,
+        deferred: Deferred | None,
+    ) -> Tensor:
         ctx.save_for_backward(x if ctx.needs_input_grad[1] else None, weight)
-        ctx.group, ctx.mode, ctx.num_chunks, ctx.destination = group, mode, num_chunks, Destination(weight)
+        ctx.group, ctx.mode, ctx.num_chunks = group, mode, num_chunks
+        ctx.destination = Destination(weight, deferred)
         return _matmul_reduce_scatter(x, weight.to(x.dtype).t(), group, mode, num_chunks)
 
     @staticmethod
@@ -173,7 +193,7 @@ class _MatmulReduceScatter(torch.autograd.Function):
         else:
             d_x, gathered = None, wait(start_all_gather(d_y, ctx.group))
         d_weight = None if gathered is None else ctx.destination.gradient(gathered, x)
-        return d_x, d_weight, None, None, None
+        return d_x, d_weight, None, None, None, None
 
 
 def _all_gather_matmul(
