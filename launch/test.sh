@@ -13,5 +13,5 @@ if [ "${PANGU_TEST_SLOW:-0}" = 1 ]; then
     pytest -m slow
     # transformers loads torch_npu wherever it is installed, which fails without CANN: hence an environment of its own.
     environment .venv-ascend '[npu,test]'
-    pytest -m ascend tests/device tests/kernels tests/parallel tests/train/test_emulated_npu.py
+    pytest -m ascend tests/device tests/doctor tests/kernels tests/parallel tests/train/test_emulated_npu.py
 fi
