@@ -10,23 +10,21 @@ CHUNK_BYTES = 2**27
 def layer_bytes(job: Job, mode: Recompute) -> float:
     """Kept by one layer from its forward to its backward pass."""
     if mode == "full":
-        return _element(job) * job.local_tokens * job.model.hidden_size / job.sequence_shards
+        return job.element_bytes * job.local_tokens * job.model.hidden_size / job.sequence_shards
     if mode == "every second layer":
         return (layer_bytes(job, "none") + layer_bytes(job, "full")) / 2
     if not job.framework.fused_attention:
         return _unfused(job, mode)
-    model, t, framework, size = job.model, job.layout.tp, job.framework, _element(job)
+    model, t, framework, size = job.model, job.layout.tp, job.framework, job.element_bytes
     h = model.hidden_size / job.sequence_shards
     query, key, wide = model.query_size / t, job.local_kv_heads * model.head_dim, model.intermediate_size / t
     inner = (2 if model.gated else 1) * wide
     recomputes = mode != "none"
     values = h * (2 + 2 * (not recomputes) + 2 * model.post_norms)  # inputs and outputs of norms
     values += 2 * query + 2 * key  # rotated queries and keys, values, the output
-    if framework.keeps == "key_value":
+    if framework.keeps_raw_keys:
         values += key
-    elif framework.keeps == "query_key_value":
-        values += query + key
-    values += inner + wide * (not recomputes)
+    values += inner + wide * (not recomputes and not job.recomputes_activation)
     if mode == "every second matmul":
         values -= (query + 2 * key) / 2 + inner / 2
     if model.local_filter != "none":
@@ -62,7 +60,7 @@ def _unfused(job: Job, mode: Recompute) -> float:
 
 def layer_workspace(job: Job, mode: Recompute) -> float:
     """Temporary bytes in a layer's backward pass: gradients of its widest part, gathered tokens, what is recomputed."""
-    model, t, size = job.model, job.layout.tp, _element(job)
+    model, t, size = job.model, job.layout.tp, job.element_bytes
     inner = (2 if model.gated else 1) * model.intermediate_size / t
     wide = model.intermediate_size / t
     values = wide + inner + model.hidden_size / job.sequence_shards
@@ -77,7 +75,7 @@ def head_bytes(job: Job) -> tuple[float, float]:
 
     A head in chunks computes its gradients with the loss: that of the weight, fp32, is kept.
     """
-    model, t, size = job.model, job.layout.tp, _element(job)
+    model, t, size = job.model, job.layout.tp, job.element_bytes
     tokens, h = job.local_tokens, model.hidden_size
     logits, table = tokens * model.vocab_size / t, table_parameters(job)
     gathered = size * tokens * h * (2 if t > 1 and job.sequence_parallel else 1)
@@ -92,8 +90,4 @@ def head_bytes(job: Job) -> tuple[float, float]:
 
 def embedding_bytes(job: Job) -> float:
     """Of the first stage's residual stream."""
-    return _element(job) * job.local_tokens * job.model.hidden_size / job.sequence_shards
-
-
-def _element(job: Job) -> int:
-    return 4 if job.precision == "fp32" else 2
+    return job.element_bytes * job.local_tokens * job.model.hidden_size / job.sequence_shards

@@ -1,9 +1,10 @@
 """Conventions of the frameworks that published rows come from: switches that change what a step does, no numbers."""
 
+from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
 
-from pangu.plan.hardware import Cluster
+from pangu.plan.efficiency import fitted
 from pangu.plan.job import Framework
 
 FRAMEWORKS = {
@@ -12,7 +13,7 @@ FRAMEWORKS = {
         Framework(
             "megatron-core",
             fused_cross_entropy=False,
-            keeps="nothing",
+            keeps_raw_keys=False,
             weight_gradient_copies=True,
             loss_bytes=(10, 6),
         ),
@@ -27,8 +28,8 @@ FRAMEWORKS = {
         Framework(
             "mindspeed",
             fused_cross_entropy=False,
+            embedding_gradient_bytes=6,
             waits_for_sends=True,
-            keeps="query_key_value",
             statistics_bytes=64,
             loss_bytes=(10, 10),
         ),
@@ -39,6 +40,8 @@ FRAMEWORKS = {
             gradient_bytes=2,
             waits_for_sends=True,
             asynchronous_linear=False,
+            weight_bytes=0,
+            optimizer_bytes=8,
             statistics_bytes=64,
             loss_bytes=(10, 10),
         ),
@@ -49,7 +52,7 @@ FRAMEWORKS = {
             asynchronous_linear=False,
             weight_bytes=0,
             optimizer_bytes=8,
-            loss_bytes=(10, 12),
+            loss_bytes=(10, 14),
             keeps_outputs=True,
         ),
         Framework(
@@ -74,8 +77,9 @@ FRAMEWORKS = {
             optimizer_bytes=16,
             loss_bytes=(10, 10),
             keeps_outputs=True,
+            layer_ms=fitted()["software"]["deepspeed_layer_ms"],
             bucket_bytes=6 * 5e8,
-            fragmentation=0.1,
+            fragmentation=0.15,
         ),
         Framework(
             "deepspeed-zero3",
@@ -83,12 +87,14 @@ FRAMEWORKS = {
             fused_cross_entropy=False,
             gradient_bytes=2,
             network_flows=1,
+            gathered_pieces=4,
             weight_bytes=0,
             optimizer_bytes=8,
             loss_bytes=(10, 10),
         ),
         Framework(
             "internevo",
+            fused_elementwise=False,
             fused_cross_entropy=False,
             fused_gradient_accumulation=False,
             gradient_bytes=2,
@@ -115,10 +121,13 @@ _OF_FAMILY = (
 )
 
 
-def framework_of(row: dict[str, Any], layout: dict[str, Any], cluster: Cluster) -> Framework:
-    """The framework of a row by its family; unknown families are taken for today's Megatron."""
+def framework_of(row: Mapping[str, Any], layout: Mapping[str, Any]) -> Framework:
+    """The framework of a row by its family, or by its source's title; others are taken for today's Megatron."""
     family = str(row.get("family", "")).lower()
-    name = next((name for prefix, name in _OF_FAMILY if family.startswith(prefix)), "megatron-core")
+    source = row.get("source")
+    title = str(source.get("title") if isinstance(source, Mapping) else "").lower().replace("-", "_")
+    name = next((name for prefix, name in _OF_FAMILY if family.startswith(prefix)), "")
+    name = name or next((name for word, name in _OF_FAMILY if word in title), "megatron-core")
     if name == "megatron-2021" and layout.get("zero") == 3:
         name = "deepspeed-zero3"
     framework = FRAMEWORKS[name]

@@ -126,7 +126,7 @@ class Cluster:
     """Devices with fast links between them."""
     network: Network | None = None
     """Between nodes. Not given: there is one node only."""
-    efficiency: Efficiency | None = None
+    efficiency: Efficiency = Field(default=None)  # type: ignore[assignment]
     """Fitted to this machine. Not given: what was fitted to published measurements of the chip's family."""
 
     def __post_init__(self) -> None:

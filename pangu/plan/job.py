@@ -73,6 +73,8 @@ class Framework:
     """The loss reads its logits a few times only, instead of once per PyTorch operator."""
     fused_gradient_accumulation: bool = True
     """Weight gradients add up inside the matmul, instead of in passes of their own."""
+    layer_ms: float = 0.0
+    """Every pass through a layer, forward, again or backward, takes so much longer, whatever its size."""
     compiled: bool = False
     """A graph runs: no operator waits for the host."""
     gradient_bytes: int = 4
@@ -96,24 +98,35 @@ class Framework:
     """Of a gradient between micro-batches."""
     optimizer_bytes: int = 12
     """Of a parameter in master copy and moments, before sharding."""
-    keeps: Literal["key_value", "query_key_value", "nothing"] = "key_value"
-    """Which projections stay in memory beside their rotated copies: values are views of them."""
+    keeps_raw_keys: bool = True
+    """Keys stay in memory beside their rotated copies, because values are views of the same tensor."""
+    gathered_pieces: int = 1
+    """ZeRO 3 gathers a layer in so many pieces, one at a time."""
     statistics_bytes: int = 4
     """Of one token and head that attention keeps for backward."""
     loss_bytes: tuple[int, int] = (6, 6)
     """Of one logit at the end of the head's forward pass, and in the middle of its backward pass. (0, 0): in chunks."""
+    embedding_gradient_bytes: int = 2
+    """Of one value of the table while the embedding's gradient is computed: it is dense."""
     keeps_outputs: bool = False
     """Of a pipeline stage until its backward pass, beside what the next rank has got."""
     bucket_bytes: float = 0.0
     """Buffers in which gradients and parameters are communicated."""
     fragmentation: float = 0.04
-    """What the caching allocator holds beyond its peak in use, as a share of it. 4.3 % on the mean of 12 published pairs
-    (SimuMax on B200)."""
+    """What the caching allocator holds beyond its peak in use, as a share of it. 4.3 % on the mean of 12 published
+    pairs (SimuMax on B200)."""
     weight_gradient_copies: bool = False
     """Beside the accumulated gradients autograd gets tensors of the same shapes: one of every kind is kept."""
 
 
-PANGU = Framework(keeps_outputs=True, weight_bytes=0, optimizer_bytes=8, loss_bytes=(0, 0))
+PANGU = Framework(
+    slices_sends=False,
+    weight_bytes=0,
+    optimizer_bytes=8,
+    loss_bytes=(0, 0),
+    embedding_gradient_bytes=4,
+    keeps_outputs=True,
+)
 
 
 @dataclass(frozen=True)
@@ -135,6 +148,10 @@ class Job:
     """One for every pipeline rank, or one each."""
     recompute_layers: tuple[int, ...] = ()
     """Recompute only the first so many layers of every stage: one number for all pipeline ranks, or one each."""
+    recompute_layers_of_rank: bool = False
+    """`recompute_layers` counts the layers of all stages of a pipeline rank together (MindSpeed)."""
+    recomputes_activation: bool = False
+    """The activation function's output is computed again in layers that are not recomputed otherwise."""
     precision: Precision = "bf16"
     context_exchange: Literal["ring", "all_gather"] = "ring"
     overlap: Overlap = Overlap()
@@ -166,6 +183,11 @@ class Job:
         return self.micro_batch_size * self.sequence_length // self.layout.cp
 
     @property
+    def element_bytes(self) -> int:
+        """Of an activation."""
+        return 4 if self.precision == "fp32" else 2
+
+    @property
     def sequence_shards(self) -> int:
         """Tensor-parallel ranks over which the residual stream is sharded."""
         return self.layout.tp if self.sequence_parallel else 1
@@ -182,7 +204,11 @@ class Job:
         if not self.recompute_layers:
             return mode, layers
         limit = self.recompute_layers[rank if len(self.recompute_layers) > 1 else 0]
-        return mode, min(limit, layers)
+        if self.recompute_layers_of_rank:
+            limit -= sum(
+                self.layout.stage_layers[earlier] for earlier in self.layout.stages_of(rank) if earlier < stage
+            )
+        return mode, max(0, min(limit, layers))
 
 
 def architecture_of(model: ModelConfig) -> Architecture:

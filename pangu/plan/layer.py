@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass, field, replace
 
-from pangu.plan.job import Job, Recompute
+from pangu.plan.job import Recompute
 from pangu.plan.operators import ATTENTION_ROWS, Operators, alignment
 
 
@@ -61,6 +61,8 @@ def block(operators: Operators) -> Passes:
     _linears(operators, passes)
     _attention(operators, passes)
     _elementwise(operators, passes)
+    for cost in (passes.forward, passes.backward_input):
+        cost.compute += operators.job.framework.layer_ms * 1e-3
     return passes
 
 

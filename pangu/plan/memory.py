@@ -34,6 +34,8 @@ class RankMemory:
     """Buffers of the communicators, outside the allocator."""
     overhead: float
     """The driver's context, and what the allocator keeps beyond what is in use."""
+    moments: float
+    """The part of `optimizer` that the first step of a run allocates."""
 
     @property
     def static(self) -> float:
@@ -44,6 +46,11 @@ class RankMemory:
     def allocated(self) -> float:
         """What the framework's allocator reports as its peak."""
         return self.static + self.activations + self.logits + self.workspace
+
+    @property
+    def first_step(self) -> float:
+        """Peak of a run's first step, whose passes come before the moments: what Megatron's report shows."""
+        return max(self.static, self.allocated - self.moments)
 
     @property
     def reserved(self) -> float:
@@ -69,18 +76,19 @@ def fits(job: Job, cluster: Cluster) -> bool:
 def _rank_memory(job: Job, rank: int) -> RankMemory:
     framework = job.framework
     weights, gradients, optimizer, gathered = _state(job, rank)
-    activations = _in_flight(job, rank)
-    has_head = job.layout.num_stages - 1 in job.layout.stages_of(rank)
-    modes = [job.recompute_of(stage) for stage in job.layout.stages_of(rank)]
-    layer = max(layer_workspace(job, mode if count else "none") for mode, count in modes) + gathered
-    logits = workspace = 0.0
-    if has_head:
-        kept, beside = head_bytes(job)
-        logits, workspace = kept + beside, gathered
-        if layer > beside + gathered:
-            logits, workspace = kept, layer
-    else:
-        workspace = layer
+    sizes = _stage_bytes(job)
+    activations = _in_flight(job, rank, sizes)
+    stages = job.layout.stages_of(rank)
+    modes = [job.recompute_of(stage) for stage in stages]
+    workspace = gathered + max(layer_workspace(job, mode if count else "none") for mode, count in modes)
+    logits = 0.0
+    if job.layout.num_stages - 1 in stages:
+        logits, beside = head_bytes(job)
+        if beside + gathered >= workspace:
+            logits, workspace = logits + beside, gathered
+    if 0 in stages:  # the layers' activations of a micro-batch are gone when the embedding's gradient is computed
+        table = framework.embedding_gradient_bytes * table_parameters(job)
+        workspace = max(workspace, table + gathered - sizes[0] - logits)
     if framework.weight_gradient_copies:
         workspace += 2 * layer_parameters(job)
     allocated = weights + gradients + optimizer + activations + logits + workspace
@@ -93,6 +101,7 @@ def _rank_memory(job: Job, rank: int) -> RankMemory:
         workspace=workspace,
         communication=COMMUNICATOR_BYTES * _communicators(job) + framework.bucket_bytes,
         overhead=CONTEXT_BYTES + framework.fragmentation * allocated,
+        moments=optimizer * 8 / framework.optimizer_bytes,
     )
 
 
@@ -122,23 +131,28 @@ def _state(job: Job, rank: int) -> tuple[float, float, float, float]:
         accumulated += 4 * n
         transient = 4 * layer
     elif not keeps_all:
-        transient += 2 * element * layer
+        transient = (transient + 2 * element * layer) / framework.gathered_pieces
     return working + gathered, accumulated, 8 * n / shards, transient
 
 
-def _in_flight(job: Job, rank: int) -> float:
-    layout = job.layout
+def _stage_bytes(job: Job) -> list[float]:
+    """Activations of one micro-batch on every stage."""
     sizes = []
     per_mode = {mode: layer_bytes(job, mode) for mode in {"none", *job.recompute}}
-    for stage, layers in enumerate(layout.stage_layers):
+    for stage, layers in enumerate(job.layout.stage_layers):
         mode, count = job.recompute_of(stage)
         size = count * per_mode[mode] + (layers - count) * per_mode["none"]
-        if stage < layout.num_stages - 1 and job.framework.keeps_outputs:
+        if stage < job.layout.num_stages - 1 and job.framework.keeps_outputs:
             size += embedding_bytes(job)  # what was sent is kept to start backward from
         sizes.append(size)
-    if layout.pp == 1:
+    return sizes
+
+
+def _in_flight(job: Job, rank: int, sizes: list[float]) -> float:
+    """Most that a rank keeps of all micro-batches at one moment."""
+    if job.layout.pp == 1:
         return sizes[0]
-    return pipeline_order(job, min(job.num_micro_batches, 4 * layout.pp)).peak(rank, sizes)
+    return pipeline_order(job, min(job.num_micro_batches, 4 * job.layout.pp)).peak(rank, sizes)
 
 
 def _communicators(job: Job) -> int:

@@ -24,7 +24,9 @@ WEIGHT_GRADIENT_COST = 1.06
 # deviation 3.2 %); MATMUL_BURST also on 514 on a B200.
 
 PARTIAL_LINES = 0.9
+"""Of a matmul's rate where rows are not whole lines of 128 bytes but multiples of 16 bytes (tensor cores' minimum)."""
 UNALIGNED = 0.25
+"""Of a matmul's rate where they are neither. Both: after NVIDIA's guide to matmul performance, not fitted."""
 
 ATTENTION_ROWS = 128
 """Queries that one core handles at a time."""
@@ -63,9 +65,9 @@ class Operators:
         efficiency, cores = self.cluster.efficiency, self.cluster.chip.cores
         power = 2 * m * n * k / (self.peak * efficiency.matmul * self.cluster.chip.power_factor)
         waves = min(math.ceil(math.ceil(m / a) * math.ceil(n / b) / cores) * a * b for a, b in MATMUL_TILES)
-        tiles = waves * cores * 2 * (k + efficiency.fill) / (self.peak * efficiency.burst)
+        tiles = waves * cores * 2 * (k + MATMUL_FILL) / (self.peak * MATMUL_BURST)
         moved = 2 * (m * k + n * k + m * n) + (6 * m * n if weight_gradient else 0)
-        compute = max(power, tiles) / alignment(n, k) * (efficiency.wgrad if weight_gradient else 1)
+        compute = max(power, tiles) / alignment(n, k) * (WEIGHT_GRADIENT_COST if weight_gradient else 1)
         return max(compute, self.moving(moved))
 
     def moving(self, size: float) -> float:
@@ -80,6 +82,7 @@ class Operators:
         efficiency = self.cluster.efficiency
         rate = efficiency.attention_backward if backward else efficiency.attention_forward
         work = flops * (ATTENTION_BACKWARD if backward else 1)
+        rate *= self.cluster.chip.power_factor
         return work / (self.attention_peak * rate) * (1 + 2 * self.cluster.chip.cores / blocks)
 
     def members_per_node(self, dimension: Literal["tp", "cp", "dp", "pp"], size: int) -> int:

@@ -5,8 +5,8 @@ from dataclasses import dataclass
 from pangu.plan.hardware import Cluster
 from pangu.plan.job import Job
 from pangu.plan.layer import Cost, Passes, block, embedding, head, recomputed
-from pangu.plan.parameters import layer_parameters, rank_parameters, stage_parameters, table_parameters
 from pangu.plan.operators import Operators
+from pangu.plan.parameters import layer_parameters, rank_parameters, stage_parameters, table_parameters
 from pangu.plan.simulate import Durations, Order, Timeline, schedule_order, simulate
 from pangu.plan.zero_bubble import LIMITS, zero_bubble_order
 
@@ -159,7 +159,7 @@ def send_seconds(operators: Operators) -> float:
     layout = job.layout
     if layout.pp == 1:
         return 0.0
-    size = 2 * job.local_tokens * job.model.hidden_size
+    size = float(job.element_bytes * job.local_tokens * job.model.hidden_size)
     if job.sequence_parallel or job.framework.slices_sends:
         size /= layout.tp
     stride = layout.tp * layout.cp * layout.dp
@@ -194,7 +194,7 @@ def _stagger(job: Job, timeline: Timeline) -> float:
     """
     if job.schedule not in LIMITS:
         return 0.0
-    spans = {}
+    spans: dict[int, tuple[float, float]] = {}
     for step, start, end in zip(timeline.order.steps, timeline.start, timeline.end, strict=True):
         first, _ = spans.get(step.rank, (start, end))
         spans[step.rank] = min(first, start), end

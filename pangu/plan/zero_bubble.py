@@ -9,13 +9,13 @@ from functools import lru_cache
 from pangu.plan.simulate import BACKWARD_INPUT, BACKWARD_WEIGHT, FORWARD, Action, Order
 
 LIMITS = {"zb-1p": 1, "zb-2p": 2}
-"""Micro-batches in flight on a rank, in multiples of the number of ranks."""
+"""Micro-batches in flight on a rank, in multiples of the number of ranks (less one in the second)."""
 
 
 @lru_cache(maxsize=64)
 def zero_bubble_order(schedule: str, pp: int, micro_batches: int) -> Order:
     """The order of passes when forward, both backward passes and nothing else take one unit of time each."""
-    limit = LIMITS[schedule] * pp
+    limit = LIMITS[schedule] * pp - (schedule == "zb-2p")
     done: dict[Action, int] = {}
     ranks: list[list[Action]] = [[] for _ in range(pp)]
     counts = [[0, 0, 0] for _ in range(pp)]  # forward, input, weight passes of every rank
