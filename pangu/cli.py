@@ -21,7 +21,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser = _parser()
     options, rest = parser.parse_known_args(arguments)
     try:
-        if rest and options.run not in (_train, _generate, _config_show, _plan, _doctor):
+        if rest and options.run not in (_train, _generate, _config_show, _plan, _dryrun, _doctor):
             parser.error(f"unrecognized arguments: {' '.join(rest)}")
         options.overrides = rest
         return options.run(options) or 0
@@ -44,6 +44,7 @@ def _parser() -> argparse.ArgumentParser:
     _add_launch(commands)
     _add_doctor(commands)
     _add_plan(commands)
+    _add_dryrun(commands)
     _add_plot(commands)
     _add_generate(commands)
     _add_export(commands)
@@ -228,6 +229,17 @@ def _add_plan(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -
 
 def _plan(options: argparse.Namespace) -> int:
     from pangu.plan.commands import run
+
+    return run(options.overrides)
+
+
+def _add_dryrun(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
+    command = commands.add_parser("dryrun", help="run one rank of a cluster's job here, without memory", add_help=False)
+    command.set_defaults(run=_dryrun)
+
+
+def _dryrun(options: argparse.Namespace) -> int:
+    from pangu.plan.dryrun_command import run
 
     return run(options.overrides)
 
