@@ -97,6 +97,7 @@ def _add_failures(parser: argparse.ArgumentParser) -> None:
         "device_hours": "mean hours between failures of one device",
         "restart_seconds": "from a failure to loading the checkpoint",
         "storage_gb_per_s": "of one node to shared storage",
+        "storage_total_gb_per_s": "of all nodes together",
         "copy_gb_per_s": "of one device to host memory",
     }
     for field in dataclasses.fields(Failures):
@@ -190,11 +191,12 @@ def _write_files(options: argparse.Namespace, config: Config, plan: Plan, consol
 
 
 def _sweep(options: argparse.Namespace, config: Config, cluster: Cluster, devices: int, console: Console) -> int:
-    from pangu.plan.sweep import parse_sweep, print_sweep, sweep
+    from pangu.plan.sweep import curves_of, parse_sweep, print_sweep, sweep
 
     field, values = parse_sweep(options.sweep, cluster)
     with _progress(console) as progress:
-        points = sweep(config, cluster, devices, field, values, progress)
+        curves = curves_of(cluster, field, options.explain)
+        points = sweep(config, cluster, devices, field, values, curves, progress)
     print_sweep(console, field, points, options.output or Path(f"sweep_{field.replace('.', '_')}.png"))
     return 0
 

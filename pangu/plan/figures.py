@@ -1,5 +1,6 @@
 """Curves of the planner: panels of lines over one quantity."""
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -36,7 +37,10 @@ def draw_curves(path: Path, panels: Sequence[Panel], x_label: str, title: str, l
         if panel.log_y:
             axes.set_yscale("log")
         else:
-            axes.set_ylim(bottom=0)
+            largest = max(
+                (value for line in panel.lines.values() for value in line if math.isfinite(value)), default=1.0
+            )
+            axes.set_ylim(0, 1.08 * largest)
         if len(panel.lines) > 1:
             axes.legend(frameon=False, fontsize=8)
     figure.suptitle(title, fontsize=11, x=0.01, ha="left")

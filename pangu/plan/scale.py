@@ -39,6 +39,8 @@ class Failures:
     """From a failure until the job loads its checkpoint: noticing it, replacing the node, starting. An assumption."""
     storage_gb_per_s: float = 2.0
     """Rate at which one node writes to and reads from shared storage, GB/s. An assumption."""
+    storage_total_gb_per_s: float = 2000.0
+    """Most that the storage takes from all nodes, GB/s. Default: Llama 3's sustained 2 TB/s (its section 3.3.1)."""
     copy_gb_per_s: float = 20.0
     """Rate at which one device copies its share to host memory while training waits, GB/s. An assumption (PCIe 4)."""
 
@@ -103,7 +105,7 @@ def overhead(config: Config, cluster: Cluster, devices: int, failures: Failures)
     state = num_parameters(config.model) * STATE_BYTES
     nodes = math.ceil(devices / cluster.node.devices)
     copy = state / (devices * failures.copy_gb_per_s * 1e9)
-    transfer = state / (nodes * failures.storage_gb_per_s * 1e9)
+    transfer = state / (min(nodes * failures.storage_gb_per_s, failures.storage_total_gb_per_s) * 1e9)
     blocking = copy if config.checkpoint.asynchronous else transfer
     interval = max(optimal_interval(blocking, between), transfer)
     # A checkpoint counts only once written, so a failure costs that much more of what was trained since.
@@ -142,8 +144,9 @@ def print_scale(console: Console, scalings: dict[str, list[Point]], failures: Fa
         console.print(_table(mode, points))
     console.print(
         f"One device fails every {failures.device_hours:,.0f} hours; a restart takes {failures.restart_seconds:g} s "
-        f"and reading the checkpoint at {failures.storage_gb_per_s:g} GB/s per node. Checkpoints stop training for the "
-        f"copy to the host, at {failures.copy_gb_per_s:g} GB/s per device, and follow at the interval of Daly (2006). "
+        f"and reading the checkpoint at {failures.storage_gb_per_s:g} GB/s per node, at most "
+        f"{failures.storage_total_gb_per_s:g} GB/s in all. Checkpoints stop training for the copy to the host, at "
+        f"{failures.copy_gb_per_s:g} GB/s per device, and follow at the interval of Daly (2006). "
         "Efficiency: tokens/s per device, failures included, relative to the first row that has a layout.",
         style="dim",
     )
@@ -175,8 +178,12 @@ def _table(mode: str, points: Sequence[Point]) -> Table:
             cells[2:] = f"{point.plan.time.step:.3f}", f"{point.plan.mfu:.1%}", f"{per_device / base:.1%}"
         speed = f"{_trained(point):,.0f}" if point.plan else ""
         layout = str(point.plan.shape) if point.plan else "no layout fits and deals the batch"
-        table.add_row(layout, *cells, f"{lost.interval / 60:.1f} min", f"{lost.effective:.1%}", speed)
+        table.add_row(layout, *cells, _duration(lost.interval), f"{lost.effective:.1%}", speed)
     return table
+
+
+def _duration(seconds: float) -> str:
+    return f"{seconds:.0f} s" if seconds < 300 else f"{seconds / 60:.0f} min"
 
 
 def _trained(point: Point) -> float:

@@ -20,7 +20,7 @@ from pangu.errors import ConfigError
 from pangu.model.count import flops_per_token
 from pangu.parallel.layout import V_SHAPED
 from pangu.plan.balance import deal_layers, split_among_stages
-from pangu.plan.hardware import Cluster
+from pangu.plan.hardware import Cluster, Network
 from pangu.plan.job import Job, Recompute, job_of
 from pangu.plan.memory import RankMemory, memory
 from pangu.plan.space import FREE, Constraints, Shape, configured, shapes
@@ -348,9 +348,10 @@ class Space:
             model = dataclasses.replace(job.model, num_layers=3)
             job = dataclasses.replace(job, model=model, batch_size=3 * shape.micro_batch_size)
             modes: tuple[Recompute, ...] = ("none", "selective", "full")
-            stages = {
-                mode: step_time(dataclasses.replace(job, recompute=(mode,)), self.cluster).stages for mode in modes
-            }
+            cluster = self.cluster
+            if cluster.network is None:  # the sends of this pipeline are of no interest
+                cluster = dataclasses.replace(cluster, network=Network(device_gbit_per_s=1, rails=1, latency_us=0))
+            stages = {mode: step_time(dataclasses.replace(job, recompute=(mode,)), cluster).stages for mode in modes}
             first, middle, last = (stage.total for stage in stages["none"])
             layers = {mode: of_mode[1] for mode, of_mode in stages.items()}
             self._units[key] = Units(layers, first - middle, last - middle)

@@ -2,7 +2,7 @@
 
 import dataclasses
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,20 +15,23 @@ from pangu.errors import ConfigError
 from pangu.plan.figures import Panel, draw_curves
 from pangu.plan.hardware import Cluster
 from pangu.plan.search import Plan, search
-from pangu.plan.space import Constraints
+from pangu.plan.space import FREE, Constraints, parse_layout
 from pangu.plan.yuan import Setting, method_1, method_2
 
 P2P_BANDWIDTH = "p2p_bandwidth"
 """GB/s between two devices of a node, both directions together as vendors print it: twice node.link_gb_per_s."""
 
 
+QUICK = 150
+"""Layouts simulated per value and curve."""
+
+
 @dataclass(frozen=True)
 class Point:
-    """The best layouts at one value; None where nothing fits."""
+    """The best layout of every curve at one value; None where nothing fits."""
 
     value: float
-    with_tensor_parallelism: Plan | None
-    without_tensor_parallelism: Plan | None
+    plans: dict[str, Plan | None]
 
 
 def parse_sweep(text: str, cluster: Cluster) -> tuple[str, list[float]]:
@@ -62,68 +65,79 @@ def with_field(cluster: Cluster, field: str, value: float) -> Cluster:
         raise ConfigError(f"--sweep: {field} = {value:g} is not possible: {error}") from None
 
 
+def curves_of(cluster: Cluster, field: str, layout: str | None) -> dict[str, Constraints]:
+    """What to plan at every value: `layout` and the best one, or with and without tensor parallelism.
+
+    The latter are Yuan's methods 1 and 2, which in the study of p2p_bandwidth have no context parallelism.
+    """
+    if layout:
+        return {layout: parse_layout(layout), "best": FREE}
+    cp = 1 if field == P2P_BANDWIDTH else None
+    tensor = frozenset(range(2, cluster.node.devices + 1))
+    return {"tensor parallelism": Constraints(tp=tensor, cp=cp), "none": Constraints(tp=1, cp=cp)}
+
+
 def sweep(
     config: Config,
     cluster: Cluster,
     world_size: int,
     field: str,
     values: Sequence[float],
+    curves: Mapping[str, Constraints],
     progress: Callable[[float, str], None],
 ) -> list[Point]:
-    """Plans anew at every value, with and without tensor parallelism (Yuan's methods 1 and 2)."""
+    """Plans every curve anew at every value."""
     points = []
-    tensor = frozenset(range(2, cluster.node.devices + 1))
+    searches = len(values) * len(curves)
     for index, value in enumerate(values):
         changed = with_field(cluster, field, value)
-        best: list[Plan | None] = []
-        for half, constraints in enumerate((Constraints(tp=tensor), Constraints(tp=1))):
+        plans: dict[str, Plan | None] = {}
+        for number, (name, constraints) in enumerate(curves.items(), start=index * len(curves)):
 
-            def report(share: float, text: str, done: float = index + half / 2, at: float = value) -> None:
-                progress((done + share / 2) / len(values), f"{field} = {at:g}: {text}")
+            def report(share: float, text: str, done: int = number, at: float = value, curve: str = name) -> None:
+                progress((done + share) / searches, f"{field} = {at:g}, {curve}: {text}")
 
-            plans = search(config, changed, world_size, constraints, keep=1, progress=report).plans
-            best.append(plans[0] if plans else None)
-        points.append(Point(value, *best))
+            found = search(config, changed, world_size, constraints, keep=1, progress=report, evaluations=QUICK).plans
+            plans[name] = found[0] if found else None
+        points.append(Point(value, plans))
     return points
 
 
 def print_sweep(console: Console, field: str, points: Sequence[Point], path: Path) -> None:
     """A table of the points, and their curves in `path`."""
-    table = Table(
-        Column(field, justify="right"),
-        "with tensor parallelism",
-        Column("step, s", justify="right"),
-        Column("MFU", justify="right"),
-        Column("Yuan's eq. 2", justify="right"),
-        "without",
-        Column("step, s", justify="right"),
-        Column("MFU", justify="right"),
-        Column("Yuan's eq. 4", justify="right"),
-    )
+    names = list(points[0].plans)
+    table = Table(Column(field, justify="right"))
+    for name in names:
+        table.add_column(name, overflow="fold")
+        for title in ("step, s", "MFU", "Yuan's model, s"):
+            table.add_column(title, justify="right")
     for point in points:
         cells = [f"{point.value:g}"]
-        for plan in (point.with_tensor_parallelism, point.without_tensor_parallelism):
+        for plan in point.plans.values():
             cells += _cells(plan) if plan else ["nothing fits", "", "", ""]
         table.add_row(*cells)
     console.print(table)
     console.print(
-        "Re-planned at every value. Yuan's closed forms are for the same layout with every layer recomputed, F the "
-        "matmul rate of large matmuls.",
+        "Planned anew at every value. Yuan's closed forms (equation 2 with tensor parallelism, 4 without) are of the "
+        "same layout with every layer recomputed and F the rate of large matmuls.",
         style="dim",
     )
-    curves = {
-        "with tensor parallelism": [point.with_tensor_parallelism for point in points],
-        "without": [point.without_tensor_parallelism for point in points],
-    }
     x = [point.value for point in points]
-    seconds = {name: [plan.time.step if plan else math.nan for plan in plans] for name, plans in curves.items()}
-    mfu = {name: [plan.mfu if plan else math.nan for plan in plans] for name, plans in curves.items()}
+    seconds = {name: [plan.time.step if plan else math.nan for plan in _of(points, name)] for name in names}
+    mfu = {name: [plan.mfu if plan else math.nan for plan in _of(points, name)] for name in names}
     for name, (first, *_, last) in seconds.items():
         console.print(f"{name}: a step takes {first / last - 1:+.1%} at {x[0]:g} against {x[-1]:g}")
     if field == P2P_BANDWIDTH:
-        console.print("Yuan 2.0, table 6 (102B on 96 A100, 100 against 400): +84.7% with, +0.4% without", style="dim")
+        console.print(
+            "Yuan 2.0, table 6 (102B on 96 A100, 100 against 400): +84.7% with tensor parallelism, +0.4% without",
+            style="dim",
+        )
     panels = [Panel("seconds of a step", x, seconds), Panel("MFU", x, mfu)]
     console.print(str(draw_curves(path, panels, field, f"best layouts over {field}", log_x=True)))
+
+
+def _of(points: Sequence[Point], name: str) -> list[Plan | None]:
+    return [point.plans[name] for point in points]
 
 
 def yuan_setting(plan: Plan) -> Setting:
