@@ -146,10 +146,10 @@ def calibrate(run: Path, cluster: Cluster, devices: int | None = None) -> Calibr
     """Fit `cluster.efficiency` to the events of `run`, as far as they can tell the constants apart.
 
     The rates of matmuls and of attention are scaled together until forward_backward takes what it took, the memory rate
-    until the optimizer does, the links' and the network's until the gradient reduction does; what is left of the step
-    is step_ms. A run without stage_seconds tells the first and, with two batch sizes, the last. devices: of the run;
-    default: what its config names, with one data-parallel rank where that says 0. Raises `PanguError` for a run with
-    too few steps.
+    until the optimizer does, the links' and the network's until the gradient reduction does, where a run measures it on
+    its own; step_ms is what no stage explains. Without stages a run tells the first, and with two batch sizes the last.
+    Waiting for data is not modelled and stays a difference. devices: of the run; default: what its config names, with
+    one data-parallel rank where that says 0. Raises `PanguError` for a run with too few steps.
     """
     config = run_config(run)
     layout = make_layout(config, devices or _named_devices(config))
@@ -229,8 +229,8 @@ def _excess_on(
 
 def _unexplained(observations: Sequence[Observation], expected: Sequence[Expectation]) -> float | None:
     """Seconds per step that stages do not explain; None when the run cannot tell them from its computation."""
-    if all(each.stages for each in observations):
-        rest = [each.seconds - sum(seconds for name, seconds in each.stages.items()) for each in observations]
+    if all("other" in each.stages for each in observations):
+        rest = [each.stages["other"] for each in observations]
         return statistics.mean(rest) - statistics.mean(prediction.stages["other"] for prediction in expected)
     if len(observations) < 2:
         return None

@@ -39,7 +39,7 @@ def test_bad_sweeps_are_named(text: str, named: str) -> None:
 
 
 def test_impossible_values_are_named() -> None:
-    with pytest.raises(ConfigError, match="efficiency.matmul = 2"):
+    with pytest.raises(ConfigError, match=r"efficiency\.matmul = 2"):
         with_field(cluster_with(), "efficiency.matmul", 2.0)
 
 
