@@ -6,6 +6,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
+from torch.distributed.fsdp._fully_shard._fsdp_state import _get_module_fsdp_state
 from torch.distributed.tensor import Shard
 
 from pangu.model import Transformer
@@ -16,8 +17,8 @@ from pangu.parallel.mesh import Mesh
 def apply_fsdp(model: Transformer, mesh: Mesh, zero_stage: Literal[1, 2, 3]) -> None:
     """Shard every block, and what is outside the blocks, over the mesh's dp_replicate and fsdp dimensions.
 
-    Parameters, optimizer state and the reduction of gradients are fp32; parameters are gathered in the model's compute
-    dtype. Only with `zero_stage` 3 are they freed between forward and backward, and again after backward.
+    Parameters, optimizer state and gradients are fp32; parameters are gathered in the model's compute dtype. Only with
+    `zero_stage` 3 are they freed between forward and backward, and again after backward.
     """
     hybrid = mesh.layout.dp_replicate > 1
     sub_mesh = mesh.state["dp_replicate", "fsdp"] if hybrid else mesh.state["fsdp"]
@@ -35,6 +36,8 @@ def apply_fsdp(model: Transformer, mesh: Mesh, zero_stage: Literal[1, 2, 3]) -> 
             reshard_after_forward=zero_stage == 3 and module is not model,
             shard_placement_fn=placement,
         )
+        if half is not None:
+            module.register_forward_pre_hook(_accumulate_in_fp32)
     _keep_on_host(model)
 
 
@@ -45,6 +48,15 @@ def set_last_micro_batch(model: nn.Module, last: bool, zero_stage: Literal[1, 2,
         model.set_is_last_backward(last)
         model.set_requires_gradient_sync(last or zero_stage > 1)
         model.set_reshard_after_backward(last or zero_stage == 3)
+
+
+def _accumulate_in_fp32(module: nn.Module, args: tuple[Any, ...]) -> None:
+    """Gathered parameters in half precision get fp32 gradients; what a linear layer sums is then never rounded. FSDP
+    would round every micro-batch's gradient, and widen it in a pass of its own."""
+    state = _get_module_fsdp_state(module)
+    for group in () if state is None else state._fsdp_param_groups:
+        for parameter in group.fsdp_params:
+            parameter.unsharded_param.grad_dtype = torch.float32
 
 
 @dataclass(frozen=True)
