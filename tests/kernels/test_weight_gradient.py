@@ -261,6 +261,18 @@ def test_mindspeed_is_not_asked_for_what_it_does_not_take() -> None:
     assert "mindspeed" not in sys.modules
 
 
+@pytest.mark.usefixtures("mindspeed")
+def test_a_mindspeed_that_does_not_load_is_said_once_and_done_without(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    (tmp_path / "mindspeed" / "__init__.py").write_text("import megatron_that_is_not_there")
+    for _ in range(2):
+        assert ascend._mindspeed() is None
+    assert [record.message.partition(",")[0] for record in caplog.records] == [
+        "MindSpeed is installed but does not load"
+    ]
+
+
 # ---- on the NPU
 
 
