@@ -82,6 +82,7 @@ def test_two_hosts_train_one_model(local_ssh: Path, tmp_path: Path) -> None:
     assert [event["step"] for event in read_events(run) if event["kind"] == "step"] == [1, 2, 3, 4]
 
 
+@pytest.mark.slow
 def test_a_lost_host_is_started_again(local_ssh: Path, tmp_path: Path) -> None:
     """Its launcher is killed in step 2 or later; the job goes on from the last checkpoint to the same losses."""
     run, straight = tmp_path / "run", tmp_path / "straight"
@@ -101,6 +102,7 @@ def test_a_lost_host_is_started_again(local_ssh: Path, tmp_path: Path) -> None:
     assert losses[0] == losses[1]
 
 
+@pytest.mark.slow
 def test_sigterm_here_stops_every_host_after_a_checkpoint(local_ssh: Path, tmp_path: Path) -> None:
     run = tmp_path / "run"
     nodes = ("--nodes", "127.0.0.1,localhost", "--master-port", free_port())
