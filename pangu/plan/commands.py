@@ -166,7 +166,8 @@ def _nothing(
     progress(0.0, "looking for the smallest cluster that fits")
     smallest = smallest_cluster(config, cluster, devices)
     if smallest is None:
-        return f"the model does not fit {where} under any layout, nor on any number of them that its batch can use"
+        grow = "its batch can use" if cluster.network else "there can be: the cluster has no [network]"
+        return f"the model does not fit {where} under any layout, nor on any larger number of them that {grow}"
     nodes = -(-smallest // cluster.node.devices)
     return (
         f"the model does not fit {where} under any layout; the smallest cluster of this kind it fits on has {nodes:,} "

@@ -441,8 +441,9 @@ class Space:
             layers = job.layout.stage_layers
             yield [sum(layers[stage] for stage in job.layout.stages_of(rank)) for rank in range(pp)]
             return
-        mean = self.num_layers / pp
-        for n in range(max(job.layout.num_stages // pp, math.floor(mean) - 3), math.ceil(mean) + 3):
+        mean, fewest = self.num_layers / pp, job.layout.num_stages // pp
+        most = self.num_layers - fewest * (pp - 1)
+        for n in range(max(fewest, math.floor(mean) - 3), min(most, math.ceil(mean) + 2) + 1):
             yield [n] * pp
 
     def _even_layers(self, shape: Shape) -> tuple[int, ...]:
