@@ -7,7 +7,6 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor
-from torch._subclasses import FakeTensor
 from torch.utils._python_dispatch import _disable_current_modes
 from torch.utils._pytree import tree_iter
 from torch.utils.flop_counter import flop_registry
@@ -49,10 +48,6 @@ def visible_pairs(cu_seqlens_q: Tensor, cu_seqlens_k: Tensor, causal: bool) -> f
 
 
 def _values(host: Tensor) -> list[int]:
-    """Of a tensor on the host: also a fake one remembers the numbers that it was made of."""
-    if isinstance(host, FakeTensor):
-        assert host.constant is not None, "boundaries of documents are known to the host"
-        host = host.constant
     with _disable_current_modes():
         values: list[int] = host.tolist()
     return values

@@ -94,6 +94,7 @@ class Places:
         name = self._names.get(module)
         if name is None:
             return
+        self.follow_autograd()
         if module in self._stages and self._graph_task == -1:
             stage = self._stages[module]
             self.now = Place("forward", stage, self._forwards[stage])

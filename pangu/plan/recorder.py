@@ -22,10 +22,11 @@ from torch._subclasses import FakeTensor
 from torch.distributed.fsdp._fully_shard._fsdp_param import FSDPParam
 from torch.distributed.tensor import DTensor
 from torch.distributed.tensor._sharding_prop import ShardingPropagator
-from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 from torch.utils._pytree import tree_iter
 
 from pangu.model import Transformer
+from pangu.parallel import context
 from pangu.plan.counting import collective, flops
 from pangu.plan.places import Place, Places
 
@@ -134,6 +135,7 @@ class Recorder(TorchDispatchMode):
             stack.enter_context(_wrapped(torch.UntypedStorage, "resize_", self._resize))
             stack.enter_context(_wrapped(ShardingPropagator, "_propagate_tensor_meta_non_cached", self._unseen))
             stack.enter_context(_wrapped(FSDPParam, "init_all_gather_outputs", self._gathered))
+            stack.enter_context(_wrapped(context, "_boundaries", _on_host))
             for _, part in parts:
                 stack.enter_context(_wrapped(part, "head_loss", self._loss))
             yield
@@ -256,6 +258,12 @@ class Recorder(TorchDispatchMode):
             return original(*args)
         finally:
             self._in_loss = False
+
+
+def _on_host(original: Callable[..., Tensor], *args: Any) -> Tensor:
+    """Boundaries of documents have values also here: operators' shapes depend on them."""
+    with _disable_current_modes():
+        return original(*args)
 
 
 @contextmanager

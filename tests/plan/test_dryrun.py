@@ -1,0 +1,175 @@
+"""The dry run: what it counts is what a real run allocates, computes and sends."""
+
+import dataclasses
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from torch.profiler import ProfilerActivity, profile
+
+from pangu import config as configuration
+from pangu.cli import main
+from pangu.config import Config
+from pangu.data.schedule import Schedule
+from pangu.errors import ConfigError, TrainingError
+from pangu.model.count import flops_per_token
+from pangu.model.transformer import Block
+from pangu.parallel.layout import make_layout
+from pangu.parallel.model import build_model
+from pangu.plan.dryrun import Counts, DryRun, _batch, dry_run
+from pangu.train.trainer import Learner
+
+SMALL = ("--parallel.devices_per_node", "64", "--metrics.tensorboard", "false")
+HUNDREDS_OF_MEGABYTES = (
+    *("--model.hidden_size", "512", "--model.num_attention_heads", "8", "--model.intermediate_size", "1408"),
+    *("--model.vocab_size", "8192", "--phases.0.sequence_length", "512"),
+)
+
+
+def config_of(*overrides: str) -> Config:
+    config = configuration.load("debug", (*SMALL, *overrides))
+    return dataclasses.replace(
+        config, metrics=dataclasses.replace(config.metrics, statistics_interval=0, peak_flops=1.0)
+    )
+
+
+def run(world_size: int, rank: int, *overrides: str, micro_batches: int | None = None) -> DryRun:
+    config = config_of(*overrides)
+    return dry_run(config, make_layout(config, world_size), rank, micro_batches)
+
+
+def allocated_by_a_step(config: Config) -> int:
+    """Bytes at the fullest moment of a real step on this CPU, as the allocator reports them, kernels' own included."""
+    schedule, layout = Schedule(config), make_layout(config, 1)
+    count = config.phases[0].batch_size // config.train.micro_batch_size
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiled:
+        learner = Learner(config, schedule, build_model(config, layout, torch.device("cpu")))
+        learner.step(schedule.at(0), [_batch(config)] * count)
+    events = [event for event in profiled.profiler.kineto_results.events() if event.name() == "[memory]"]
+    live = peak = 0
+    for event in sorted(events, key=lambda event: event.start_ns()):
+        live += event.nbytes()
+        peak = max(peak, live)
+    return peak
+
+
+@pytest.mark.parametrize("mode", ["none", "full", "selective"])
+def test_the_peak_is_that_of_a_real_run(mode: str) -> None:
+    overrides = (*HUNDREDS_OF_MEGABYTES, "--parallel.recompute.mode", mode)
+    expected = run(1, 0, *overrides).peak.total
+    measured = allocated_by_a_step(config_of(*overrides))
+    assert measured > 300e6
+    assert abs(expected / measured - 1) < 0.01
+
+
+def total_flops(counts: Counts, *passes: str) -> float:
+    """With attention's backward as two products, as model FLOPs have it, instead of two and a half."""
+    return sum(
+        count * (0.8 if (name, operation) == ("backward", "attention") else 1)
+        for (name, operation), count in counts.flops.items()
+        if name in passes
+    )
+
+
+LAYOUTS = {
+    "one device": (1,),
+    "tp": (2, "--parallel.tp", "2"),
+    "tp without sp": (2, "--parallel.tp", "2", "--parallel.sequence_parallel", "false"),
+    "cp": (4, "--parallel.cp", "4"),
+    "cp, all-gather": (2, "--parallel.cp", "2", "--parallel.context_exchange", "all_gather"),
+    "zero 3": (2, "--parallel.zero_stage", "3"),
+    "1f1b": (4, "--parallel.pp", "4", "--train.micro_batch_size", "1"),
+    "zero bubble": (
+        2,
+        "--parallel.pp",
+        "2",
+        "--parallel.pipeline_schedule",
+        "zero_bubble_v",
+        "--parallel.pipeline_stages_per_rank",
+        "2",
+    ),
+    "tp, pp and dp": (8, "--parallel.tp", "2", "--parallel.pp", "2", "--train.micro_batch_size", "1"),
+    "full recomputation": (2, "--parallel.tp", "2", "--parallel.recompute.mode", "full"),
+    "LFA": (2, "--parallel.tp", "2", "--model.local_filter", "two_convolutions_norm"),
+}
+
+
+@pytest.mark.parametrize("name", LAYOUTS)
+def test_all_ranks_together_compute_what_mfu_counts(name: str) -> None:
+    world_size, *overrides = LAYOUTS[name]
+    config = config_of(*overrides)
+    layout = make_layout(config, world_size)
+    ranks = [dry_run(config, layout, rank) for rank in range(world_size)]
+    computed = sum(total_flops(each.counts, "forward", "loss", "backward") for each in ranks)
+    phase = config.phases[0]
+    assert computed == flops_per_token(config.model, phase.sequence_length) * phase.batch_size * phase.sequence_length
+    again = sum(total_flops(each.counts, "recompute") for each in ranks)
+    forward = sum(total_flops(each.counts, "forward") for each in ranks)
+    assert again == (forward if name == "full recomputation" else 0)
+
+
+@pytest.mark.parametrize(
+    "overrides",
+    [
+        ("--train.micro_batch_size", "1", "--phases.0.batch_size", "9"),
+        ("--parallel.pp", "2", "--train.micro_batch_size", "1", "--phases.0.batch_size", "8"),
+        (
+            *("--parallel.pp", "2", "--parallel.pipeline_stages_per_rank", "2", "--train.micro_batch_size", "1"),
+            *("--parallel.pipeline_schedule", "interleaved_1f1b", "--phases.0.batch_size", "12"),
+        ),
+    ],
+    ids=["one stage", "1f1b", "interleaved"],
+)
+def test_fewer_micro_batches_tell_everything(overrides: tuple[str, ...]) -> None:
+    world_size = 2 if "--parallel.pp" in overrides else 1
+    whole, part = run(world_size, 0, *overrides), run(world_size, 0, *overrides, micro_batches=3)
+    assert part.executed < whole.executed == whole.micro_batches
+    assert part.counts == whole.counts
+    assert part.peak.total == whole.peak.total
+
+
+def test_the_peak_is_told_by_kind_module_and_moment() -> None:
+    result = run(4, 3, "--parallel.tp", "2", "--parallel.pp", "2", "--train.micro_batch_size", "1")
+    peak = result.peak
+    assert sum(peak.by_kind.values()) == peak.total
+    assert sum(sum(kinds.values()) for kinds in peak.by_module.values()) == peak.total
+    assert peak.by_kind["logits and loss"] > 0
+    assert "stage 1" in peak.moment and "micro-batch" in peak.moment
+    values = sum(result.stages.values())
+    assert peak.by_kind["parameters"] == 4 * values
+    assert peak.by_kind["optimizer state"] == 8 * values
+
+
+def test_what_the_run_would_raise_is_raised(monkeypatch: pytest.MonkeyPatch) -> None:
+    def broken(self: Block, h: torch.Tensor, *rest: object) -> torch.Tensor:
+        return h @ h
+
+    monkeypatch.setattr(Block, "forward", broken)
+    with pytest.raises(TrainingError, match=r"rank 5 \(pp 0, .*tp 1\): RuntimeError: .*shapes cannot be multiplied"):
+        run(8, 5, "--parallel.tp", "2", "--phases.0.batch_size", "8")
+
+
+def test_bad_input(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(ConfigError, match="--rank 4 is not one of the 4 ranks"):
+        run(4, 4, "--parallel.tp", "4", "--model.num_key_value_heads", "4")
+    for arguments, message in {
+        ("--rank", "2"): "--rank 2",
+        ("--stage", "1"): "--stage 1: the layout has stages 0 to 0",
+        ("--rank", "0", "--parallel.tp", "4"): "not a multiple of",
+        ("--phase", "x"): "--phase x",
+        ("--micro-batches", "0"): "--micro-batches must be at least 1",
+    }.items():
+        assert main(["dryrun", "debug", "--world-size", "2", *arguments]) == 2
+        assert message in capsys.readouterr().err
+
+
+def test_the_command_reports_every_stage(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    file = tmp_path / "dry.json"
+    layout = ("--parallel.pp", "2", "--parallel.tp", "2", "--train.micro_batch_size", "1")
+    assert main(["dryrun", "debug", "--world-size", "8", "--all-stages", "--json", str(file), *layout]) == 0
+    reports = json.loads(file.read_text())
+    assert [report["rank"] for report in reports] == [0, 4]
+    dimensions = {traffic["dimension"] for report in reports for traffic in report["communication"]}
+    assert dimensions == {"tp", "pp", "fsdp", "world"}
+    assert "the peak is in:" in capsys.readouterr().out
