@@ -65,7 +65,8 @@ class RankMemory:
 
 def memory(job: Job, cluster: Cluster) -> tuple[RankMemory, ...]:
     """Peak memory of one device of every pipeline rank."""
-    return tuple(_rank_memory(job, rank) for rank in range(job.layout.pp))
+    sizes = _stage_bytes(job)
+    return tuple(_rank_memory(job, rank, sizes) for rank in range(job.layout.pp))
 
 
 def fits(job: Job, cluster: Cluster) -> bool:
@@ -73,10 +74,9 @@ def fits(job: Job, cluster: Cluster) -> bool:
     return max(rank.total for rank in memory(job, cluster)) <= cluster.chip.memory_bytes
 
 
-def _rank_memory(job: Job, rank: int) -> RankMemory:
+def _rank_memory(job: Job, rank: int, sizes: list[float]) -> RankMemory:
     framework = job.framework
     weights, gradients, optimizer, gathered = _state(job, rank)
-    sizes = _stage_bytes(job)
     activations = _in_flight(job, rank, sizes)
     stages = job.layout.stages_of(rank)
     modes = [job.recompute_of(stage) for stage in stages]
