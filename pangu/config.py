@@ -322,8 +322,8 @@ class MetricsConfig:
     """FLOP/s of one device that MFU divides by. Not given: the device's published peak, or on a CPU its measured
     matmul rate."""
     cluster: str = ""
-    """Cluster description, a file or a name in launch/clusters: the step time, memory and MFU that `pangu plan` predicts
-    for it stand beside the measured ones in the events. Empty: no predictions."""
+    """Cluster description, a file or a name in launch/clusters: the step time, memory and MFU that `pangu plan`
+    predicts for it stand beside the measured ones in the events. Empty: no predictions."""
     spike_window: int = Field(default=128, gt=1)
     """Steps whose mean and deviation decide whether a loss counts as a spike."""
     spike_deviations: float = Field(default=6.0, gt=0)

@@ -11,8 +11,8 @@ from pangu_kernels.swiglu import swiglu
 from pangu_kernels.weight_gradient import add_weight_gradient, weight_gradient
 
 __all__ = [
-    "add_weight_gradient",
     "adamw",
+    "add_weight_gradient",
     "attention",
     "linear_cross_entropy",
     "local_filter",
