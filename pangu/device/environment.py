@@ -77,6 +77,8 @@ def activation_mib(config: Config) -> int:
 
 
 def _wanted(config: Config, environ: Mapping[str, str]) -> Iterator[Setting]:
+    if config.train.hang_seconds:
+        yield Setting("TORCH_HCCL_TRACE_BUFFER_SIZE", "2000", "collectives remembered, for train.hang_seconds to show")
     if environ.get("ASCEND_LAUNCH_BLOCKING") != "1":  # with it there is no queue
         yield Setting("TASK_QUEUE_ENABLE", "2", "operators are launched by a second thread; torch_npu advises level 2")
     if "PYTORCH_ALLOC_CONF" not in environ:

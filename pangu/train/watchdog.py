@@ -268,12 +268,12 @@ def _where(frame: FrameType | None) -> str:
 
 
 def _in_flight(entries: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
-    return [entry for entry in entries if not entry["retired"]]
+    return [entry for entry in entries if not entry["retired"] and entry["state"] != "completed"]
 
 
 def _name(entry: dict[str, Any]) -> str:
     group = entry["process_group"][1] or entry["process_group"][0]
-    return f"{entry['profiling_name']} of {group}, its collective {entry['collective_seq_id']}"
+    return f"{entry['profiling_name'] or 'a collective'} of {group}, its number {entry['collective_seq_id']}"
 
 
 def _age(entry: dict[str, Any]) -> float:

@@ -14,6 +14,8 @@ import pytest
 import torch
 import torch.distributed as dist
 
+from pangu.config import load
+from pangu.device.environment import npu_environment
 from pangu.parallel.layout import Layout
 from pangu.train import watchdog
 from pangu.train.watchdog import Beat, Watchdog, slowest, spread
@@ -163,6 +165,12 @@ def test_a_stopped_rank_is_named(tmp_path: Path) -> None:
 def test_the_spread_of_busy_time_names_the_slowest(tmp_path: Path) -> None:
     run(spread_of_busy_time, tmp_path)
     assert not list(tmp_path.iterdir()), "no bound was set"
+
+
+def test_hccl_is_to_remember_collectives_when_a_step_has_a_bound() -> None:
+    bounded = load("debug", ["--train.hang_seconds", "60", "--train.device", "npu"])
+    names = [setting.name for setting in npu_environment(bounded, {}).settings]
+    assert "TORCH_HCCL_TRACE_BUFFER_SIZE" in names
 
 
 def test_one_process_dumps_its_stacks(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
