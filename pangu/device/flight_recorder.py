@@ -17,9 +17,9 @@ def recorded_collectives(device: torch.device, *, frames: bool = False) -> list[
     """The last collectives that this process entered on the CPU and on `device`, oldest first.
 
     Among an entry's keys are `profiling_name`, `process_group`, `collective_seq_id`, `time_created_ns`, `input_sizes`,
-    `state` and `retired`: it has ended when either says so. With `frames`, whose first call takes a second or two, there
-    is also `frames`, its Python stack. gloo's recorder leaves point-to-point messages out; HCCL's records nothing unless
-    TORCH_HCCL_TRACE_BUFFER_SIZE is set, and on the emulated CANN no names.
+    `state` and `retired`: it has ended when either says so. With `frames`, whose first call takes a second or two,
+    there is also `frames`, its Python stack. gloo's recorder leaves point-to-point messages out; HCCL's records nothing
+    unless TORCH_HCCL_TRACE_BUFFER_SIZE is set, and on the emulated CANN no names.
     """
     entries: list[dict[str, Any]] = []
     for kind in {"cpu", device.type}:
