@@ -12,10 +12,10 @@ minimum is written down here from the literature, not taken from the code:
               (Rajbhandari et al. 2020); ZeRO 3: both per micro-batch, and a
               layer's parameters gathered again in backward
     pp        the residual stream's share to the next stage, its gradient back, per micro-batch
-    cp        ring: c - 1 blocks of keys and values forward and backward, c - 1 fp32 blocks of gradients (Liu et al. 2023)
+    cp        ring: c - 1 blocks of keys and values forward and backward, c - 1 fp32 blocks of gradients (Liu et al.)
 
-`other` is everything else: numbers of the loss and of the gradient norm, the vocabulary's statistics, norm gains. It is
-measured and not compared.
+All-reduces and broadcasts are not compared: they carry numbers of the loss and of the gradient norm, statistics of the
+vocabulary and gradients of norm gains.
 """
 
 import argparse

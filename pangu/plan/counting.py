@@ -7,6 +7,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch.distributed.distributed_c10d import GroupName, _resolve_process_group
 from torch.utils._python_dispatch import _disable_current_modes
 from torch.utils._pytree import tree_iter
 from torch.utils.flop_counter import flop_registry
@@ -120,7 +121,7 @@ def collective(operator: Any, args: Any, result: Any) -> tuple[str, str, int] | 
 def _group(args: Any) -> dist.ProcessGroup:
     for argument in reversed(args):
         if isinstance(argument, str):
-            return torch.distributed.distributed_c10d._resolve_process_group(argument)
+            return _resolve_process_group(GroupName(argument))
         if isinstance(argument, torch.ScriptObject) and "ProcessGroup" in str(argument._type()):
             return dist.ProcessGroup.unbox(argument)
     raise NotImplementedError("a collective without a process group")

@@ -6,6 +6,7 @@ send.
 """
 
 import dataclasses
+import logging
 import resource
 import sys
 import time
@@ -134,6 +135,9 @@ def _fake_process_group(rank: int, world_size: int) -> Iterator[None]:
 @contextmanager
 def _as_in_the_run(layout: Layout, rank: int) -> Iterator[None]:
     """An error of the run's own code is reported as the launcher would: with the rank and its place."""
+    logger = logging.getLogger("torch._subclasses.fake_tensor")
+    level = logger.level
+    logger.setLevel(logging.CRITICAL)  # it would print a traceback before the message
     try:
         yield
     except (PanguError, KeyboardInterrupt):
@@ -141,6 +145,8 @@ def _as_in_the_run(layout: Layout, rank: int) -> Iterator[None]:
     except Exception as error:
         place = ", ".join(f"{name} {index}" for name, index in layout.coordinates(rank).items())
         raise TrainingError(f"the run would fail on rank {rank} ({place}): {type(error).__name__}: {error}") from error
+    finally:
+        logger.setLevel(level)
 
 
 def _run(config: Config, layout: Layout, counts: list[int]) -> tuple[list[tuple[Counts, Peak]], dict[int, int], int]:
@@ -180,7 +186,7 @@ def _dimensions(mesh: Mesh | None) -> dict[str, str]:
     if mesh is None:
         return {}
     assert dist.group.WORLD is not None
-    names = {dist.group.WORLD.group_name: "world"}
+    names: dict[str, str] = {dist.group.WORLD.group_name: "world"}
     for name in mesh.state.mesh_dim_names or ():
         names[mesh.state.get_group(name).group_name] = name
     if mesh.cp_group is not None:

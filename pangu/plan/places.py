@@ -119,7 +119,7 @@ class Places:
 
     def _go_to(self, name: str, tensor: Tensor) -> None:
         """In backward, be in `name` from the gradient of `tensor` on, unless a module inside has said so first."""
-        node = tensor.grad_fn
+        node: Any = tensor.grad_fn  # whose `metadata` torch's annotations take for a method
         if node is not None and "pangu module" not in node.metadata:
             node.metadata["pangu module"] = name
             node.register_prehook(partial(self._set, name))

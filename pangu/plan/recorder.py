@@ -98,7 +98,7 @@ class Counts:
     """Of everything since the last `Recorder.restart`."""
 
     operators: Counter[str] = field(default_factory=Counter)
-    flops: Counter[tuple[str, str]] = field(default_factory=Counter)
+    flops: defaultdict[tuple[str, str], float] = field(default_factory=lambda: defaultdict(float))
     """By pass (forward, loss, backward, recompute) and operation (matmul, attention)."""
     traffic: defaultdict[tuple[str, str], Traffic] = field(default_factory=lambda: defaultdict(Traffic))
     """By dimension of the mesh and collective."""
@@ -176,7 +176,7 @@ class Recorder(TorchDispatchMode):
         if not func.is_view and func.namespace not in _NOTHING:
             self.counts.operators[func.name()] += 1
         for tensor in tree_iter(result):
-            if isinstance(tensor, Tensor):
+            if isinstance(tensor, Tensor) and tensor.device.type != "meta":
                 self._add(tensor.untyped_storage())
         if func.namespace in ("c10d", "_c10d_functional"):
             self._communicate(func, args, result)
