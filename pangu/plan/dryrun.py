@@ -113,8 +113,8 @@ def extrapolated(shorter: Counts, longer: Counts, steps: list[int], total: int) 
     result = Counts()
     for name, count in longer.operators.items():
         result.operators[name] = line(shorter.operators[name], count)
-    for key, count in longer.flops.items():
-        result.flops[key] = line(shorter.flops[key], count)
+    for key, of_kind in longer.flops.items():
+        result.flops[key] = line(shorter.flops[key], of_kind)
     for where, traffic in longer.traffic.items():
         less = shorter.traffic[where]
         result.traffic[where] = Traffic(line(less.calls, traffic.calls), line(less.sent, traffic.sent))
