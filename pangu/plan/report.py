@@ -27,8 +27,7 @@ def print_search(console: Console, search: Search) -> None:
     )
     console.print(_memory(search.plans))
     console.print(_communication(search.plans))
-    looked = f"{search.considered:,} layouts considered, {search.too_large:,} of the promising ones do not fit, "
-    looked += f"{search.evaluated:,} simulated"
+    looked = f"{search.considered:,} layouts considered, {search.evaluated:,} simulated"
     if search.unseen < first.time.step:
         looked += f"; the best of the others is estimated at {search.unseen:.3g} s or more"
     console.print(looked + ".", style="dim")

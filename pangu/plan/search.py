@@ -110,8 +110,6 @@ class Search:
     plans: list[Plan] = field(default_factory=list)
     considered: int = 0
     """Shapes that could run, memory aside."""
-    too_large: int = 0
-    """Of promising kinds, those that no recomputation makes fit."""
     evaluated: int = 0
     """Shapes whose layers were dealt and whose pipeline was simulated."""
     unseen: float = math.inf
@@ -164,30 +162,23 @@ def _best_of_kinds(
     heapq.heapify(queue)
     found: list[Plan] = []
     while queue and queue[0][0] < _limit(found, keep) and result.evaluated < evaluations:
-        _, checked, index = heapq.heappop(queue)
+        _, with_memory, index = heapq.heappop(queue)
         share = 1 - len(queue) / len(kinds)
         progress(share, f"{result.evaluated:,} layouts simulated, best {_limit(found, 1):.3g} s")
-        estimates = {shape: space.estimate_with_memory(shape) for shape in kinds[index]}
-        fitting = [shape for shape, estimate in estimates.items() if math.isfinite(estimate)]
-        kinds[index] = sorted(fitting, key=estimates.__getitem__)
-        result.too_large += len(estimates) - len(fitting)
-        if checked:
-            limit = _limit(found, keep)
-            plan, unseen = _best_of_kind(space, {shape: estimates[shape] for shape in kinds[index]}, limit, result)
+        if with_memory:
+            plan, unseen = _best_of_kind(space, kinds[index], _limit(found, keep), result)
             found += [plan] if plan else []
             result.unseen = min(result.unseen, unseen)
-        elif kinds[index]:
-            heapq.heappush(queue, (estimates[kinds[index][0]], True, index))
+        else:
+            heapq.heappush(queue, (next(_by_estimate(space, kinds[index]), (math.inf,))[0], True, index))
     result.unseen = min([result.unseen, *(estimate for estimate, *_ in queue)])
     return sorted(found, key=lambda plan: plan.time.step)[:keep]
 
 
-def _best_of_kind(
-    space: "Space", estimates: dict[Shape, float], limit: float, result: Search
-) -> tuple[Plan | None, float]:
-    """The fastest plan of shapes in the order of their estimates, and the least estimate of those not simulated."""
+def _best_of_kind(space: "Space", kind: list[Shape], limit: float, result: Search) -> tuple[Plan | None, float]:
+    """The fastest plan of a kind, and the least estimate of its shapes that were not simulated."""
     best, sharding_costs_only, left = None, set(), EVALUATIONS_PER_KIND
-    for shape, estimate in estimates.items():
+    for estimate, shape in _by_estimate(space, kind):
         if estimate >= limit or left == 0:
             return best, estimate
         zero_1 = dataclasses.replace(shape, zero_stage=1)
@@ -203,6 +194,20 @@ def _best_of_kind(
         if best is None or plan.time.step < best.time.step:
             best, limit = plan, min(limit, plan.time.step)
     return best, math.inf
+
+
+def _by_estimate(space: "Space", kind: list[Shape]) -> Iterator[tuple[float, Shape]]:
+    """Shapes that can fit by rising `estimate_with_memory`, which is taken of no more of them than it must."""
+    queue = [(space.estimate(shape), False, number) for number, shape in enumerate(kind)]
+    heapq.heapify(queue)
+    while queue:
+        estimate, with_memory, number = heapq.heappop(queue)
+        if with_memory:
+            yield estimate, kind[number]
+        else:
+            estimate = space.estimate_with_memory(kind[number])
+            if math.isfinite(estimate):
+                heapq.heappush(queue, (estimate, True, number))
 
 
 def _limit(found: Sequence[Plan], keep: int) -> float:

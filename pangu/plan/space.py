@@ -5,7 +5,7 @@ import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-from pangu.config import Config, ModelConfig, ParallelConfig, RecomputeConfig
+from pangu.config import Config, ModelConfig, RecomputeConfig
 from pangu.errors import ConfigError
 from pangu.parallel.layout import V_SHAPED, Layout, make_layout
 from pangu.plan.job import Recompute
@@ -201,8 +201,8 @@ def configured(
 
     Raises `ConfigError` when `pangu train` would refuse it.
     """
-    interleaved = shape.pp > 1
-    parallel = ParallelConfig(
+    parallel = dataclasses.replace(
+        config.parallel,
         pp=shape.pp,
         dp_replicate=shape.dp // shape.dp_shard,
         dp_shard=shape.dp_shard,
@@ -211,14 +211,9 @@ def configured(
         zero_stage=shape.zero_stage,  # type: ignore[arg-type]
         pipeline_schedule=shape.schedule,  # type: ignore[arg-type]
         pipeline_stages_per_rank=shape.stages_per_rank,
-        pipeline_layers=stage_layers if interleaved else (),
+        pipeline_layers=stage_layers if shape.pp > 1 else (),
         devices_per_node=devices_per_node,
         recompute=recompute,
-        sequence_parallel=config.parallel.sequence_parallel,
-        context_exchange=config.parallel.context_exchange,
-        overlap=config.parallel.overlap,
-        overlap_chunks=config.parallel.overlap_chunks,
-        timeout_seconds=config.parallel.timeout_seconds,
     )
     train = dataclasses.replace(config.train, micro_batch_size=shape.micro_batch_size)
     result = dataclasses.replace(config, parallel=parallel, train=train)
