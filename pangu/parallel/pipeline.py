@@ -26,7 +26,6 @@ import torch
 import torch.distributed as dist
 from pangu_kernels.deferred import Deferred
 from torch import Tensor, nn
-from torch.distributed.fsdp._fully_shard._fsdp_state import _get_module_fsdp_state
 from torch.distributed.pipelining import (
     PipelineStage,
     Schedule1F1B,
@@ -270,7 +269,6 @@ class _Stage(PipelineStage):
         self.batches: Sequence[Batch] = ()
         self.scale = 1.0
         self._part = part
-        self._deferred = deferred
         super().__init__(
             part,
             index,
@@ -279,7 +277,7 @@ class _Stage(PipelineStage):
             input_args=torch.empty(0, dtype=torch.int64, device="meta") if is_first else stream,
             output_args=torch.empty((), device="meta", requires_grad=True) if is_last else stream,
             group=group,
-            dw_builder=None if deferred is None else self._take_weight_gradients,
+            dw_builder=None if deferred is None else deferred.take,
         )
 
     def forward_one_chunk(
@@ -326,16 +324,6 @@ class _Stage(PipelineStage):
             if not info.is_root_arg:
                 info.buffer = _make_tensor_from_meta(info.tensor_meta, self.device)
 
-    def _take_weight_gradients(self) -> Callable[[], None]:
-        assert self._deferred is not None
-        compute = self._deferred.take()
-
-        def run() -> None:
-            compute()
-            _accumulate_in_reduce_dtype(self._part)
-
-        return run
-
 
 def _run(part: Transformer, x: Tensor, batch: Batch) -> Tensor:
     """The part's output for its input: the residual stream, or on the last stage the loss sum."""
@@ -361,16 +349,6 @@ def _defer_weight_gradients(part: Transformer) -> Deferred:
         if isinstance(module, Linear):
             module.deferred = deferred
     return deferred
-
-
-def _accumulate_in_reduce_dtype(part: nn.Module) -> None:
-    """What FSDP does at the end of a backward pass that does not reduce gradients, for those that came later."""
-    states = [_get_module_fsdp_state(module) for module in part.modules()]
-    for state in states:
-        for group in () if state is None else state._fsdp_param_groups:
-            for parameter in group.fsdp_params:
-                parameter.accumulate_unsharded_grad_if_needed()
-                parameter.to_accumulated_grad_if_needed()
 
 
 def _gather_once(schedule: Any) -> None:

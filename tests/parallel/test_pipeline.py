@@ -46,8 +46,14 @@ UNEVEN = {
 DOCUMENTS = [[32], [1, 30, 1], [5, 11, 16], [2] * 16, [31, 1], [20, 12], [7, 7, 7, 7, 4], [1] * 32, [16, 16]]
 
 
-def make_config(schedule: str, pp: int = 4, model: dict[str, Any] | None = None, **parallel: Any) -> Config:
-    layers = UNEVEN[schedule] if pp == 4 else (2, 1) if schedule == "1f1b" else (1, 2, 1, 1)
+def make_config(
+    schedule: str,
+    pp: int = 4,
+    model: dict[str, Any] | None = None,
+    layers: tuple[int, ...] | None = None,
+    **parallel: Any,
+) -> Config:
+    layers = layers or UNEVEN[schedule]
     sizes = {"vocab_size": VOCAB_SIZE, "hidden_size": 16, "num_attention_heads": 2, "intermediate_size": 24}
     return Config(
         model=ModelConfig(**{**sizes, "num_layers": sum(layers), **(model or {})}),
@@ -342,10 +348,14 @@ def fully_sharded(config: Config, dtype: torch.dtype) -> tuple[float, float]:
 @pytest.mark.parametrize("schedule", UNEVEN)
 def test_fully_sharded_parameters(worlds: Worlds, schedule: str) -> None:
     """FSDP means over ranks; ZeRO 1 gathers parameters and reduces gradients once per step, whatever the schedule."""
-    config = make_config(schedule, pp=2, dp_shard=2, zero_stage=1)
-    assert worlds(4).run(fully_sharded, config, torch.float32) == [(1, 1)] * 4
-    assert worlds(4).run(fully_sharded, config, torch.bfloat16) == [(1, 1)] * 4
-    ranks = worlds(4).run(fully_sharded, make_config(schedule, pp=2, dp_shard=2, zero_stage=3), torch.float32)
+    layers = {"1f1b": (2, 1), "interleaved_1f1b": (1, 1, 2, 1, 1, 1, 1, 1)}.get(schedule, (1, 2, 1, 1))
+
+    def config(zero_stage: int) -> Config:
+        return make_config(schedule, pp=2, layers=layers, dp_shard=2, zero_stage=zero_stage)
+
+    assert worlds(4).run(fully_sharded, config(1), torch.float32) == [(1, 1)] * 4
+    assert worlds(4).run(fully_sharded, config(1), torch.bfloat16) == [(1, 1)] * 4
+    ranks = worlds(4).run(fully_sharded, config(3), torch.float32)
     assert all(gathers > 2 and reductions == 1 for gathers, reductions in ranks)
 
 
