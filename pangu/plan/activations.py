@@ -61,9 +61,7 @@ def _unfused(job: Job, mode: Recompute) -> float:
 def layer_workspace(job: Job, mode: Recompute) -> float:
     """Temporary bytes in a layer's backward pass: gradients of its widest part, gathered tokens, what is recomputed."""
     model, t, size = job.model, job.layout.tp, job.element_bytes
-    inner = (2 if model.gated else 1) * model.intermediate_size / t
-    wide = model.intermediate_size / t
-    values = wide + inner + model.hidden_size / job.sequence_shards
+    values = (2 if model.gated else 1) * model.intermediate_size / t + model.hidden_size / job.sequence_shards
     if t > 1 and job.sequence_parallel:
         values += 2 * model.hidden_size
     again = layer_bytes(job, "none") - layer_bytes(job, mode)
@@ -82,7 +80,7 @@ def head_bytes(job: Job) -> tuple[float, float]:
     stream = size * tokens * h / job.sequence_shards
     if job.framework.loss_bytes == (0, 0):
         chunk = min(CHUNK_BYTES, 4 * logits)
-        return 4 * table + gathered + 2 * stream, 2 * chunk + size * table
+        return 4 * table + gathered + 2 * stream, 2 * chunk
     forward, backward = job.framework.loss_bytes
     copies = size * table if job.framework.weight_gradient_copies else 0.0
     return 2 * stream, max(forward * logits, backward * logits + copies) + 2 * gathered

@@ -106,6 +106,8 @@ class Framework:
     """Of one token and head that attention keeps for backward."""
     loss_bytes: tuple[int, int] = (6, 6)
     """Of one logit at the end of the head's forward pass, and in the middle of its backward pass. (0, 0): in chunks."""
+    frees_gradients: bool = False
+    """There are none between the optimizer's step and the next backward pass."""
     embedding_gradient_bytes: int = 2
     """Of one value of the table while the embedding's gradient is computed: it is dense."""
     keeps_outputs: bool = False
@@ -124,6 +126,7 @@ PANGU = Framework(
     weight_bytes=0,
     optimizer_bytes=8,
     loss_bytes=(0, 0),
+    frees_gradients=True,
     embedding_gradient_bytes=4,
     keeps_outputs=True,
 )

@@ -34,18 +34,16 @@ class RankMemory:
     """Buffers of the communicators, outside the allocator."""
     overhead: float
     """The driver's context, and what the allocator keeps beyond what is in use."""
+    static: float
+    """Of weights, gradients and optimizer state, between two steps."""
     moments: float
     """The part of `optimizer` that the first step of a run allocates."""
 
     @property
-    def static(self) -> float:
-        """Between two steps."""
-        return self.weights + self.gradients + self.optimizer
-
-    @property
     def allocated(self) -> float:
         """What the framework's allocator reports as its peak."""
-        return self.static + self.activations + self.logits + self.workspace
+        state = self.weights + self.gradients + self.optimizer
+        return state + self.activations + self.logits + self.workspace
 
     @property
     def first_step(self) -> float:
@@ -76,63 +74,87 @@ def fits(job: Job, cluster: Cluster) -> bool:
 
 def _rank_memory(job: Job, rank: int, sizes: list[float]) -> RankMemory:
     framework = job.framework
-    weights, gradients, optimizer, gathered = _state(job, rank)
+    state = _state(job, rank)
     activations = _in_flight(job, rank, sizes)
     stages = job.layout.stages_of(rank)
     modes = [job.recompute_of(stage) for stage in stages]
-    workspace = gathered + max(layer_workspace(job, mode if count else "none") for mode, count in modes)
+    workspace = state.in_layer + max(layer_workspace(job, mode if count else "none") for mode, count in modes)
     logits = 0.0
     if job.layout.num_stages - 1 in stages:
         logits, beside = head_bytes(job)
-        if beside + gathered >= workspace:
-            logits, workspace = logits + beside, gathered
+        beside += state.in_head
+        if beside >= workspace:
+            logits, workspace = logits + beside, 0.0
     if 0 in stages:  # the layers' activations of a micro-batch are gone when the embedding's gradient is computed
         table = framework.embedding_gradient_bytes * table_parameters(job)
-        workspace = max(workspace, table + gathered - sizes[0] - logits)
+        workspace = max(workspace, table + state.in_layer - sizes[0] - logits)
     if framework.weight_gradient_copies:
         workspace += 2 * layer_parameters(job)
-    allocated = weights + gradients + optimizer + activations + logits + workspace
+    gradients = state.gradients
+    if framework.frees_gradients and job.num_micro_batches == 1:
+        gradients = max(0.0, gradients - activations - logits - workspace)  # they come as activations go
+    allocated = state.weights + gradients + state.optimizer + activations + logits + workspace
     return RankMemory(
-        weights=weights,
+        weights=state.weights,
         gradients=gradients,
-        optimizer=optimizer,
+        optimizer=state.optimizer,
         activations=activations,
         logits=logits,
         workspace=workspace,
         communication=COMMUNICATOR_BYTES * _communicators(job) + framework.bucket_bytes,
         overhead=CONTEXT_BYTES + framework.fragmentation * allocated,
-        moments=optimizer * 8 / framework.optimizer_bytes,
+        static=state.between_steps,
+        moments=state.optimizer * 8 / framework.optimizer_bytes,
     )
 
 
-def _state(job: Job, rank: int) -> tuple[float, float, float, float]:
-    """Weights, accumulated gradients, optimizer state; and gathered weights and gradients of the layer at work."""
+@dataclass(frozen=True)
+class _State:
+    """Bytes of one device that do not depend on activations."""
+
+    weights: float
+    gradients: float
+    optimizer: float
+    between_steps: float
+    in_layer: float = 0.0
+    """Gathered weights, gradients and buffers of the layer whose backward pass runs."""
+    in_head: float = 0.0
+    """What is there beside the head at work."""
+
+
+def _state(job: Job, rank: int) -> _State:
     framework, layout = job.framework, job.layout
-    n = rank_parameters(job, rank)
-    shards = layout.dp_shard * layout.cp
+    n, shards = rank_parameters(job, rank), layout.dp_shard * layout.cp
     if framework.weight_bytes:
-        sharded = shards if job.zero_stage >= 1 else 1
-        return (
-            framework.weight_bytes * n / (shards if job.zero_stage == 3 else 1),
-            framework.accumulated_bytes * n / (shards if job.zero_stage >= 2 else 1),
-            framework.optimizer_bytes * n / sharded,
-            0.0,
-        )
-    working, element = 4 * n / shards, 4 if job.precision == "fp32" else 2
-    layer = layer_parameters(job)
-    outside = n - sum(layout.stage_layers[stage] for stage in layout.stages_of(rank)) * layer
+        weights = framework.weight_bytes * n / (shards if job.zero_stage == 3 else 1)
+        gradients = framework.accumulated_bytes * n / (shards if job.zero_stage >= 2 else 1)
+        optimizer = framework.optimizer_bytes * n / (shards if job.zero_stage else 1)
+        return _State(weights, gradients, optimizer, weights + gradients + optimizer)
+    kept = 12 * n / shards + (0.0 if framework.frees_gradients else 4 * n / shards)
     if shards * layout.dp_replicate == 1:
-        return 4 * n, 4 * n, 8 * n, (0.0 if element == 4 else element * max(layer / 2, table_parameters(job)))
-    keeps_all = job.zero_stage < 3
-    gathered = element * (n if keeps_all else outside)
-    accumulated = 4 * n / shards
-    transient = (4 + element) * layer  # its gradients; and, whatever is kept, one gather's or reduction's buffer
-    if keeps_all and not job.reduces_every_micro_batch and job.num_micro_batches > 1:
-        accumulated += 4 * n
-        transient = 4 * layer
-    elif not keeps_all:
-        transient = (transient + 2 * element * layer) / framework.gathered_pieces
-    return working + gathered, accumulated, 8 * n / shards, transient
+        cast = 0.0 if job.precision == "fp32" else job.element_bytes * table_parameters(job)
+        return _State(4 * n, 4 * n, 8 * n, kept, in_head=cast)
+    return _sharded_state(job, rank, kept)
+
+
+def _sharded_state(job: Job, rank: int, between_steps: float) -> _State:
+    """FSDP: an fp32 shard of everything, weights gathered in half precision, gradients summed in fp32."""
+    layout, element = job.layout, job.element_bytes
+    n, shards, layer = rank_parameters(job, rank), layout.dp_shard * layout.cp, layer_parameters(job)
+    outside = n - sum(layout.stage_layers[stage] for stage in layout.stages_of(rank)) * layer
+    keeps_weights = job.zero_stage < 3
+    pieces = job.framework.gathered_pieces
+    in_layer = 8 * layer / pieces  # gradients, and a copy to be reduced
+    in_head, gradients = 0.0, 4 * n / shards
+    if job.num_micro_batches > 1 and not job.reduces_every_micro_batch:
+        gradients, in_layer = 4 * n, 4 * layer / pieces
+    elif job.reduces_every_micro_batch and job.num_micro_batches > 1:
+        in_head = 4 * outside  # the micro-batch before has left its last reduction's copy
+    if not keeps_weights:
+        in_layer += 2 * element * layer / pieces  # one layer gathered, the next on its way
+        in_head += element * layer / pieces
+    weights = 4 * n / shards + element * (n if keeps_weights else outside)
+    return _State(weights, gradients, 8 * n / shards, between_steps, in_layer, in_head)
 
 
 def _stage_bytes(job: Job) -> list[float]:

@@ -174,7 +174,7 @@ def _communication(plans: Sequence[Plan]) -> Table:
 
 
 def _ranks(plan: Plan) -> Table:
-    columns = [each.name for each in dataclasses.fields(plan.memory[0]) if each.name != "moments"]  # in optimizer
+    columns = [each.name for each in dataclasses.fields(plan.memory[0]) if each.name not in ("moments", "static")]
     table = Table("rank", "stages' layers", _right("s per micro-batch"), title="pipeline ranks", title_justify="left")
     for name in (*columns, "GiB in all"):
         table.add_column(name, justify="right")
