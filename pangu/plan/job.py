@@ -79,6 +79,8 @@ class Framework:
     """A graph runs: no operator waits for the host."""
     gradient_bytes: int = 4
     """Of a gradient on its way through the reduction."""
+    context_gradient_bytes: int = 2
+    """Of a gradient of keys and values on its way between context-parallel ranks."""
     asynchronous_linear: bool = True
     """Backward's tensor-parallel collectives run beside the weight gradients."""
     all_reduces_gradients: bool = False
@@ -123,6 +125,7 @@ class Framework:
 
 PANGU = Framework(
     slices_sends=False,
+    context_gradient_bytes=4,
     weight_bytes=0,
     optimizer_bytes=8,
     loss_bytes=(0, 0),

@@ -102,8 +102,9 @@ def _linears(operators: Operators, passes: Passes) -> None:
             passes.forward.compute += operators.matmul(tokens, n, k)
             passes.backward_input.compute += operators.matmul(tokens, k, n)
             passes.backward_weight.compute += operators.matmul(n, k, tokens, weight_gradient=True)
-        passes.forward.transfer("tp", 2 * collective)
-        passes.backward_input.transfer("tp", 2 * collective)
+        passes.forward.transfer("tp", 3 * collective)  # and values are projected from what has not been filtered
+        passes.backward_input.transfer("tp", 3 * collective)
+        passes.backward_weight.transfer("tp", collective)
     passes.forward.operators += 8
     passes.backward_input.operators += 8
     passes.backward_weight.operators += 8
@@ -183,16 +184,17 @@ def _context_exchange(operators: Operators, passes: Passes, forward: float, back
     c, hide = job.layout.cp, operators.cluster.efficiency.overlap
     key_values = 4 * job.local_tokens * job.local_kv_heads * job.model.head_dim  # bf16 keys and values
     members = operators.members_per_node("cp", c)
+    again = 1 + job.framework.context_gradient_bytes / 2  # keys and values once more, and their gradients
     if job.context_exchange == "all_gather":
         collective = operators.gather(c, members, c * key_values)
         passes.forward.transfer("cp", collective)
-        passes.backward_input.transfer("cp", 2 * collective)
+        passes.backward_input.transfer("cp", again * collective)
         passes.forward.operators += 4
         passes.backward_input.operators += 6
         return
     step = operators.send(key_values, members < c)
     passes.forward.transfer("cp", (c - 1) * step, (c - 1) * hide * min(step, forward / c))
-    passes.backward_input.transfer("cp", 2 * (c - 1) * step, (c - 1) * hide * min(2 * step, backward / c))
+    passes.backward_input.transfer("cp", again * (c - 1) * step, (c - 1) * hide * min(again * step, backward / c))
     passes.forward.operators += 12 * c
     passes.backward_input.operators += 16 * c
 
