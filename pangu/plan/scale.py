@@ -53,7 +53,7 @@ class Overhead:
     checkpoint_seconds: float
     """For which training waits."""
     interval: float
-    """Between checkpoints."""
+    """Of training between checkpoints: whole steps, and no shorter than a checkpoint takes to be written."""
     effective: float
     """Effective training time ratio."""
 
@@ -99,8 +99,8 @@ def effective_ratio(interval: float, checkpoint: float, restart: float, between_
     return interval / wall
 
 
-def overhead(config: Config, cluster: Cluster, devices: int, failures: Failures) -> Overhead:
-    """Of a job on so many devices, its checkpoints written in the background."""
+def overhead(config: Config, cluster: Cluster, devices: int, failures: Failures, step: float = 0.0) -> Overhead:
+    """Of a job on so many devices whose steps take `step` seconds; checkpoints are written as its config says."""
     between = failures.device_hours * 3600 / devices
     state = num_parameters(config.model) * STATE_BYTES
     nodes = math.ceil(devices / cluster.node.devices)
@@ -108,6 +108,8 @@ def overhead(config: Config, cluster: Cluster, devices: int, failures: Failures)
     transfer = state / (min(nodes * failures.storage_gb_per_s, failures.storage_total_gb_per_s) * 1e9)
     blocking = copy if config.checkpoint.asynchronous else transfer
     interval = max(optimal_interval(blocking, between), transfer)
+    if step:
+        interval = max(round(interval / step), math.ceil(transfer / step), 1) * step
     # A checkpoint counts only once written, so a failure costs that much more of what was trained since.
     restart = failures.restart_seconds + transfer + (transfer if config.checkpoint.asynchronous else 0)
     return Overhead(between, blocking, interval, effective_ratio(interval, blocking, restart, between))
@@ -133,8 +135,9 @@ def scale(
             progress((done + share) / len(sizes), f"{mode} scaling, {count:,} devices: {text}")
 
         plans = search(at_size, cluster, devices, keep=1, progress=report, evaluations=EVALUATIONS).plans
-        lost = overhead(config, cluster, devices, failures)
-        points.append(Point(devices, max(batch, 1), plans[0] if plans else None, lost))
+        plan = plans[0] if plans else None
+        lost = overhead(config, cluster, devices, failures, plan.time.step if plan else 0.0)
+        points.append(Point(devices, max(batch, 1), plan, lost))
     return points
 
 
@@ -178,12 +181,14 @@ def _table(mode: str, points: Sequence[Point]) -> Table:
             cells[2:] = f"{point.plan.time.step:.3f}", f"{point.plan.mfu:.1%}", f"{per_device / base:.1%}"
         speed = f"{_trained(point):,.0f}" if point.plan else ""
         layout = str(point.plan.shape) if point.plan else "no layout fits and deals the batch"
-        table.add_row(layout, *cells, _duration(lost.interval), f"{lost.effective:.1%}", speed)
+        table.add_row(layout, *cells, _interval(point), f"{lost.effective:.1%}", speed)
     return table
 
 
-def _duration(seconds: float) -> str:
-    return f"{seconds:.0f} s" if seconds < 300 else f"{seconds / 60:.0f} min"
+def _interval(point: Point) -> str:
+    seconds = point.overhead.interval
+    duration = f"{seconds:.0f} s" if seconds < 300 else f"{seconds / 60:.0f} min"
+    return f"{seconds / point.plan.time.step:.0f} steps, {duration}" if point.plan else duration
 
 
 def _trained(point: Point) -> float:

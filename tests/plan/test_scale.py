@@ -67,6 +67,14 @@ def test_overhead_grows_with_the_cluster() -> None:
     assert overhead(synchronous, cluster, 1024, Failures()).checkpoint_seconds > small.checkpoint_seconds
 
 
+def test_checkpoints_follow_whole_steps() -> None:
+    config, cluster = small_config(), cluster_with()
+    for step in (0.1, 7.0, 1e5):
+        interval = overhead(config, cluster, 65_536, Failures(), step).interval
+        assert interval >= step
+        assert interval / step == pytest.approx(round(interval / step))
+
+
 def test_llama_3_of_the_default_failure_rate() -> None:
     """419 interruptions in 54 days of 16,384 GPUs: one in 3.1 hours; it reports over 90% effective training time."""
     from pangu.config import load
@@ -101,6 +109,7 @@ def test_scaling(tmp_path: Path) -> None:
         for mode in ("strong", "weak")
     }
     assert [point.batch_size for point in scalings["strong"]] == [16, 16, 16]
+    assert all(point.overhead.interval >= point.plan.time.step for point in scalings["weak"] if point.plan)
     assert [point.batch_size for point in scalings["weak"]] == [16, 32, 128]
     strong = [point.plan.time.step for point in scalings["strong"] if point.plan]
     assert strong == sorted(strong, reverse=True), "more devices are faster here"
