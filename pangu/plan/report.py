@@ -81,10 +81,12 @@ def terms(plan: Plan) -> dict[str, float]:
     """
     job, time = plan.job, plan.time
     layout, count = job.layout, job.num_micro_batches
-    plain = step_time(dataclasses.replace(job, recompute=("none",), recompute_layers=()), plan.cluster).stages
     busy = [count * sum(time.stages[stage].total for stage in layout.stages_of(rank)) for rank in range(layout.pp)]
     mean = sum(busy) / layout.pp
-    again = mean - count * sum(stage.total for stage in plain) / layout.pp
+    again = 0.0
+    if set(job.recompute) != {"none"}:
+        plain = step_time(dataclasses.replace(job, recompute=("none",), recompute_layers=()), plan.cluster)
+        again = mean - count * sum(stage.total for stage in plain.stages) / layout.pp
     constant = plan.cluster.efficiency.step_ms * 1e-3
     exposed = {name: time.exposed.get(name, 0.0) for name in DIMENSIONS}
     after_passes = time.step - time.pipeline - time.optimizer - constant
