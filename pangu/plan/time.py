@@ -204,7 +204,7 @@ def _stagger(job: Job, timeline: Timeline) -> float:
 def _simulated(
     job: Job, stages: tuple[StageTime, ...], send: float, m: int, transfers: tuple[list[float], list[float]]
 ) -> Timeline:
-    order = pipeline_order(job, m)
+    order = pipeline_order(job, m, stages)
     sends = [0.0 if job.framework.waits_for_sends else send] * job.layout.num_stages
     durations = Durations(
         [stage.forward for stage in stages],
@@ -216,11 +216,17 @@ def _simulated(
     return simulate(order, durations)
 
 
-def pipeline_order(job: Job, micro_batches: int) -> Order:
-    """Order of passes of `micro_batches` micro-batches under the job's schedule."""
+def pipeline_order(job: Job, micro_batches: int, stages: tuple[StageTime, ...] = ()) -> Order:
+    """Order of passes of `micro_batches` micro-batches under the job's schedule.
+
+    Zero-bubble schedules of one stage per rank are made for the stages' times; without them all passes are alike.
+    """
     layout = job.layout
     if job.schedule in LIMITS:
-        return zero_bubble_order(job.schedule, layout.pp, micro_batches)
+        whole = max((stage.total for stage in stages), default=1.0)
+        parts = [(at.forward, at.backward_input, at.backward_weight) for at in stages] or [(1.0, 1.0, 1.0)] * layout.pp
+        durations = tuple((round(f / whole, 4), round(b / whole, 4), round(w / whole, 4)) for f, b, w in parts)
+        return zero_bubble_order(job.schedule, micro_batches, durations)
     return schedule_order(job.schedule, layout.pp, layout.num_stages // layout.pp, micro_batches)
 
 

@@ -1,9 +1,11 @@
 """The one-stage-per-rank zero-bubble schedules (Qi et al. 2023): ZB-1p with 1F1B's memory, ZB-2p with twice as much.
 
-No framework here runs them; published measurements do. As in the paper's heuristic a rank takes the first of these that
-it can: a backward pass for activations, a forward pass within the memory limit, a gradient of weights.
+No framework here runs them; published measurements do. As in the paper's heuristic a rank that is free takes the first
+of these that it can: a backward pass for activations, a forward pass within the memory limit, a gradient of weights.
 """
 
+import math
+from collections.abc import Sequence
 from functools import lru_cache
 
 from pangu.plan.simulate import BACKWARD_INPUT, BACKWARD_WEIGHT, FORWARD, Action, Order
@@ -11,33 +13,44 @@ from pangu.plan.simulate import BACKWARD_INPUT, BACKWARD_WEIGHT, FORWARD, Action
 LIMITS = {"zb-1p": 1, "zb-2p": 2}
 """Micro-batches in flight on a rank, in multiples of the number of ranks (less one in the second)."""
 
+Durations = tuple[tuple[float, float, float], ...]
+"""Of every rank: a forward pass, a backward pass for activations, a gradient of weights."""
+
 
 @lru_cache(maxsize=64)
-def zero_bubble_order(schedule: str, pp: int, micro_batches: int) -> Order:
-    """The order of passes when forward, both backward passes and nothing else take one unit of time each."""
+def zero_bubble_order(schedule: str, micro_batches: int, durations: Durations) -> Order:
+    """The order of passes that the heuristic finds for such durations, of which only the proportions matter."""
+    pp = len(durations)
     limit = LIMITS[schedule] * pp - (schedule == "zb-2p")
-    done: dict[Action, int] = {}
+    end: dict[Action, float] = {}
     ranks: list[list[Action]] = [[] for _ in range(pp)]
-    counts = [[0, 0, 0] for _ in range(pp)]  # forward, input, weight passes of every rank
-    moment = 0
-    while any(len(actions) < 3 * micro_batches for actions in ranks):
-        chosen = [_choose(rank, pp, micro_batches, limit, counts[rank], done, moment) for rank in range(pp)]
-        for rank, action in enumerate(chosen):
-            if action is not None:
-                ranks[rank].append(action)
-                done[action] = moment
-                counts[rank][(FORWARD, BACKWARD_INPUT, BACKWARD_WEIGHT).index(action.kind)] += 1
-        moment += 1
+    counts = [[0, 0, 0] for _ in range(pp)]
+    clock = [0.0] * pp
+    while any(count != [micro_batches] * 3 for count in counts):
+        left = [rank for rank in range(pp) if counts[rank] != [micro_batches] * 3]
+        now = min(clock[rank] for rank in left)
+        for rank in left:
+            if clock[rank] > now:
+                continue
+            action = _choose(rank, pp, micro_batches, limit, counts[rank], end, now)
+            if action is None:
+                continue
+            kind = (FORWARD, BACKWARD_INPUT, BACKWARD_WEIGHT).index(action.kind)
+            end[action] = clock[rank] = now + durations[rank][kind]
+            ranks[rank].append(action)
+            counts[rank][kind] += 1
+        following = min((moment for moment in clock if moment > now), default=now)
+        clock = [max(moment, following) for moment in clock]
     return Order(schedule, pp, 1, micro_batches, tuple(map(tuple, ranks)))
 
 
 def _choose(
-    rank: int, pp: int, micro_batches: int, limit: int, counts: list[int], done: dict[Action, int], moment: int
+    rank: int, pp: int, micro_batches: int, limit: int, counts: Sequence[int], end: dict[Action, float], now: float
 ) -> Action | None:
     forwards, inputs, weights = counts
 
     def ready(source: Action) -> bool:
-        return done.get(source, moment) < moment
+        return end.get(source, math.inf) <= now
 
     source = Action(FORWARD, rank, inputs) if rank == pp - 1 else Action(BACKWARD_INPUT, rank + 1, inputs)
     if inputs < forwards and ready(source):

@@ -4,6 +4,7 @@ import dataclasses
 from typing import Any
 
 from pangu.config import Config, from_tree
+from pangu.parallel.layout import Layout
 from pangu.plan.hardware import Cluster, load_cluster
 
 
@@ -25,3 +26,9 @@ def cluster_with(name: str = "atlas_800t_a2", gib: float | None = None) -> Clust
     return (
         cluster if gib is None else dataclasses.replace(cluster, chip=dataclasses.replace(cluster.chip, memory_gib=gib))
     )
+
+
+def layout(stages: tuple[int, ...] = (1,), **sizes: int) -> Layout:
+    """One stage on one device, but for `sizes`."""
+    return Layout(**{"pp": 1, "dp_replicate": 1, "dp_shard": 1, "cp": 1, "tp": 1, **sizes}, stage_layers=stages,
+                  v_shaped=False, devices_per_node=8)  # fmt: skip
