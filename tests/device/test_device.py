@@ -35,9 +35,10 @@ def test_npu_without_torch_npu_says_what_to_install(monkeypatch: pytest.MonkeyPa
 
 
 def test_importing_pangu_loads_no_backend() -> None:
+    # Of Triton no kernels of ours: PyTorch's own parallel modules import the package where it is installed.
     code = (
         "import sys, pangu, pangu.device, pangu.model, pangu.train.trainer;"
-        "print([name for name in ('torch_npu', 'triton') if name in sys.modules])"
+        "print([name for name in sys.modules if name == 'torch_npu' or name.endswith('.triton_kernel')])"
     )
     assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout == "[]\n"
 
