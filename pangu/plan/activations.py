@@ -63,7 +63,7 @@ def layer_workspace(job: Job, mode: Recompute) -> float:
     model, t, size = job.model, job.layout.tp, job.element_bytes
     values = (2 if model.gated else 1) * model.intermediate_size / t + model.hidden_size / job.sequence_shards
     if t > 1 and job.sequence_parallel:
-        values += 2 * model.hidden_size
+        values += model.hidden_size
     again = layer_bytes(job, "none") - layer_bytes(job, mode)
     return size * job.local_tokens * values + (again if mode != "none" else 0.0)
 
@@ -79,8 +79,8 @@ def head_bytes(job: Job) -> tuple[float, float]:
     gathered = size * tokens * h * (2 if t > 1 and job.sequence_parallel else 1)
     stream = size * tokens * h / job.sequence_shards
     if job.framework.loss_bytes == (0, 0):
-        chunk = min(CHUNK_BYTES, 4 * logits)
-        return 4 * table + gathered + 2 * stream, 2 * chunk
+        chunk = min(CHUNK_BYTES, 4 * logits)  # its logits in fp32, and twice in half precision
+        return 4 * table + gathered + 2 * size * tokens * h + 2 * stream, 2 * chunk
     forward, backward = job.framework.loss_bytes
     copies = size * table if job.framework.weight_gradient_copies else 0.0
     return 2 * stream, max(forward * logits, backward * logits + copies) + 2 * gathered

@@ -147,7 +147,8 @@ def _sharded_state(job: Job, rank: int, between_steps: float) -> _State:
     in_layer = 8 * layer / pieces  # gradients, and a copy to be reduced
     in_head, gradients = 0.0, 4 * n / shards
     if job.num_micro_batches > 1 and not job.reduces_every_micro_batch:
-        gradients, in_layer = 4 * n, 4 * layer / pieces
+        gradients = 4 * n  # whole, and reduced in the last backward pass, when no other micro-batch is in flight
+        in_layer = 4 * layer / pieces if layout.pp == 1 else 0.0
     elif job.reduces_every_micro_batch and job.num_micro_batches > 1:
         in_head = 4 * outside  # the micro-batch before has left its last reduction's copy
     if not keeps_weights:

@@ -161,7 +161,7 @@ def test_rows_may_carry_their_hardware(tmp_path: Path, published: Any) -> None:
 def test_layers_are_dealt_as_sources_deal_them() -> None:
     assert split_layers(22, 8) == (2, 3, 3, 3, 3, 3, 3, 2)  # zero bubble: one fewer at both ends
     assert split_layers(78, 12) == (*[7] * 11, 1)  # DeepSpeed: the last stage is short
-    assert split_layers(10, 4) == (3, 3, 3, 1)
+    assert split_layers(10, 4) == (2, 3, 3, 2)
     assert split_layers(62, 64)[0] == split_layers(62, 64)[-1] == 0
 
 
