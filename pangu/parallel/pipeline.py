@@ -15,6 +15,8 @@ What the library does otherwise, and why not here:
   of their weight for later instead (`pangu_kernels.deferred`).
 - Between micro-batches it frees and gathers again FSDP's parameters of all but three stages per rank; here only for
   ZeRO 3.
+- DualPipeV's pairs of a forward and a backward pass, meant to overlap, it runs one after the other, but sends the
+  first's result only after the second. Here they are passes like any other.
 - It cannot evaluate under V-shaped schedules, nor generate; forward passes alone have a loop of their own.
 """
 
@@ -47,12 +49,22 @@ from pangu.model.local import local
 from pangu.parallel.layout import Layout
 from pangu.parallel.mesh import Mesh
 
+
+class _DualPipeV(ScheduleDualPipeV):
+    def _prepare_schedule_with_comms(self, actions: dict[int, list[Any]], format: Any = "compute_only") -> None:
+        alone = {
+            rank: [each for action in row if action is not None for each in action.sub_actions or (action,)]
+            for rank, row in actions.items()
+        }
+        super()._prepare_schedule_with_comms(alone, format)
+
+
 _SCHEDULES: dict[str, Any] = {
     "1f1b": Schedule1F1B,
     "interleaved_1f1b": ScheduleInterleaved1F1B,
     "interleaved_zero_bubble": ScheduleInterleavedZeroBubble,
     "zero_bubble_v": ScheduleZBVZeroBubble,
-    "dualpipe_v": ScheduleDualPipeV,
+    "dualpipe_v": _DualPipeV,
 }
 _SPLIT_BACKWARD = ("interleaved_zero_bubble", "zero_bubble_v", "dualpipe_v")
 
