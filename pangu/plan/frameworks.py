@@ -76,6 +76,7 @@ FRAMEWORKS = {
             all_reduces_gradients=True,
             optimizer_bytes=16,
             loss_bytes=(10, 10),
+            embedding_gradient_bytes=0,
             keeps_outputs=True,
             layer_ms=fitted()["software"]["deepspeed_layer_ms"],
             bucket_bytes=6 * 5e8,
