@@ -15,9 +15,10 @@ from pangu import config as configuration
 from pangu.config import Config
 from pangu.errors import ConfigError
 from pangu.files import write_atomically
+from pangu.plan.evaluate import Plan
 from pangu.plan.hardware import Cluster, load_cluster
 from pangu.plan.report import print_plan, print_search
-from pangu.plan.search import Plan, Search, search, smallest_cluster
+from pangu.plan.search import Search, search, smallest_cluster
 from pangu.plan.space import FREE, parse_layout
 
 _WIDTH_OF_FILES = 160

@@ -6,8 +6,9 @@ from collections.abc import Sequence
 from rich.console import Console
 from rich.table import Column, Table
 
+from pangu.plan.evaluate import Plan
 from pangu.plan.hardware import GIB
-from pangu.plan.search import Plan, Search
+from pangu.plan.search import Search
 from pangu.plan.time import step_time
 
 DIMENSIONS = ("tp", "cp", "pp", "dp")

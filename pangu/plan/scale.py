@@ -18,9 +18,10 @@ from rich.table import Table
 from pangu.config import Config
 from pangu.errors import ConfigError
 from pangu.model.count import num_parameters
+from pangu.plan.evaluate import Plan
 from pangu.plan.figures import Panel, draw_curves
 from pangu.plan.hardware import Cluster
-from pangu.plan.search import Plan, search
+from pangu.plan.search import search
 
 STATE_BYTES = 12
 """Of a parameter in a checkpoint: fp32 weight and both moments."""

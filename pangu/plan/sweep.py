@@ -12,9 +12,10 @@ from rich.table import Column, Table
 
 from pangu.config import Config, did_you_mean
 from pangu.errors import ConfigError
+from pangu.plan.evaluate import Plan
 from pangu.plan.figures import Panel, draw_curves
 from pangu.plan.hardware import Cluster
-from pangu.plan.search import Plan, search
+from pangu.plan.search import search
 from pangu.plan.space import FREE, Constraints, parse_layout
 from pangu.plan.yuan import Setting, method_1, method_2
 

@@ -8,10 +8,11 @@ from plan_helpers import cluster_with, small_config
 
 from pangu.errors import ConfigError
 from pangu.parallel.layout import make_layout
+from pangu.plan.evaluate import Space
 from pangu.plan.job import job_of
 from pangu.plan.memory import memory
 from pangu.plan.report import layer_list, recomputation, terms
-from pangu.plan.search import Space, search, smallest_cluster
+from pangu.plan.search import search, smallest_cluster
 from pangu.plan.space import FREE, Constraints, parse_layout, shapes
 from pangu.plan.time import step_time
 
