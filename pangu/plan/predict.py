@@ -10,7 +10,7 @@ from typing import Any
 from pangu.errors import DataError, PanguError
 from pangu.files import write_atomically
 from pangu.plan.activations import layer_bytes
-from pangu.plan.conventions import convention_of, flops_per_token
+from pangu.plan.conventions import convention_of, flops_per_token, peak_of
 from pangu.plan.job import Job
 from pangu.plan.layer import block, recomputed
 from pangu.plan.memory import RankMemory, memory
@@ -96,7 +96,7 @@ def _times(row: Mapping[str, Any], read: Row) -> Iterator[tuple[str, Any]]:
     rate = job.tokens / time.step / read.chips
     convention = convention_of(row, job)
     achieved = rate * flops_per_token(job.model, job.sequence_length, convention)
-    peak = read.cluster.chip.peak_flops("bf16" if job.precision == "fp8" else job.precision)
+    peak = peak_of(row, read.cluster.chip.peak_flops("bf16" if job.precision == "fp8" else job.precision))
     yield "step_time_s", time.step
     yield "tokens_per_s_per_chip", rate
     yield "tokens_per_s", rate * read.chips
