@@ -16,7 +16,8 @@ _OF_FAMILY = (("bloom|mt_nlg|internevo", HARDWARE_FULL), ("llm_foundry", PARAMET
 
 def convention_of(row: Mapping[str, Any], job: Job) -> str:
     """The convention that a row states, or that its source is known for; otherwise Megatron's model FLOPs."""
-    stated = str((row.get("measured") or {}).get("flops_convention") or "")
+    measured = row.get("measured")
+    stated = str(measured.get("flops_convention") if isinstance(measured, Mapping) else "")
     if "hardware" in stated:
         return HARDWARE_FULL
     if "6N" in stated:

@@ -7,7 +7,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from pangu.errors import DataError, PanguError
+from pangu.errors import ConfigError, DataError, PanguError
 from pangu.files import write_atomically
 from pangu.plan.activations import layer_bytes
 from pangu.plan.conventions import convention_of, flops_per_token, peak_of
@@ -76,12 +76,17 @@ def predict(row: Mapping[str, Any], hardware: Mapping[str, Any]) -> dict[str, An
     except PanguError as error:
         raise DataError(f"row {row['id']!r}: {error}") from None
     result["assumed"] = list(read.assumed)
+    try:
+        times = dict(_times(row, read))
+        ranks = memory(read.job, read.cluster)
+    except ConfigError as error:  # a schedule that cannot deal so many micro-batches, more nodes than there are
+        result["skipped"] = dict.fromkeys(("step_time_s", "memory_gib", "fits"), str(error))
+        return result
     if read.no_time:
         result["skipped"]["step_time_s"] = read.no_time
-        result["guess"] = dict(_times(row, read))
+        result["guess"] = times
     else:
-        result |= _times(row, read)
-    ranks = memory(read.job, read.cluster)
+        result |= times
     if read.no_memory:
         result["skipped"] |= dict.fromkeys(("memory_gib", "fits"), read.no_memory)
     else:
@@ -123,7 +128,7 @@ def _memory(row: Mapping[str, Any], read: Row, ranks: Sequence[RankMemory]) -> I
     yield "memory_gb_max_first_last_node", max(ranks[0].total, ranks[-1].total) / GIB
     yield "memory_allocated_bytes", max(rank.static for rank in ranks)
     yield "memory_max_allocated_bytes", max(rank.allocated for rank in ranks)
-    measured = (row.get("measured") or {}).get("memory_per_rank_mib")
+    measured = _measured(row).get("memory_per_rank_mib")
     layout = read.job.layout
     if isinstance(measured, list):
         yield (
@@ -149,7 +154,7 @@ def _memory(row: Mapping[str, Any], read: Row, ranks: Sequence[RankMemory]) -> I
 
 def _extras(row: Mapping[str, Any], read: Row) -> Iterator[tuple[str, Any]]:
     """Quantities that few rows measure."""
-    measured, job = row.get("measured") or {}, read.job
+    measured, job = _measured(row), read.job
     if "layer_forward_ms" in measured:
         operators = Operators(job, read.cluster)
         passes = recomputed(operators, block(operators), job.recompute[0])
@@ -166,6 +171,11 @@ def _extras(row: Mapping[str, Any], read: Row) -> Iterator[tuple[str, Any]]:
     for name in measured:
         if name.startswith("bubble_fraction_interleaved_vpp"):
             yield name, _even_bubble("interleaved_1f1b", job, int(name.removeprefix("bubble_fraction_interleaved_vpp")))
+
+
+def _measured(row: Mapping[str, Any]) -> Mapping[str, Any]:
+    measured = row.get("measured")
+    return measured if isinstance(measured, Mapping) else {}
 
 
 def _activation_percentages(job: Job) -> dict[str, float]:

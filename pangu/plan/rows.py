@@ -67,7 +67,7 @@ def read_row(row: Mapping[str, Any], hardware: Mapping[str, Any]) -> Row:
     assumed: list[str] = []
     model_row, layout_row = _table(row, "model"), _table(row, "layout")
     where = row.get("hardware") or {}
-    machine = where if isinstance(where, Mapping) else hardware.get(where) or {}
+    machine = where if isinstance(where, Mapping) else hardware.get(str(where)) or {}
     cluster, no_time = _cluster(machine, assumed)
     model = _architecture(model_row, str(row["id"]), assumed)
     layout = _layout(layout_row, model, _count(row, "chips"), cluster, assumed)
@@ -161,11 +161,13 @@ def _cluster(hardware: Mapping[str, Any], assumed: list[str]) -> tuple[Cluster, 
     if watts := re.search(r"(\d+) ?W limit", text):
         chip = dataclasses.replace(chip, power_w=float(watts[1]))
     network = cluster.network
-    rate = _rate(hardware.get("inter") or {}, "Gbps_per_chip")
+    between = hardware.get("inter")
+    between = between if isinstance(between, Mapping) else {}
+    rate = _rate(between, "Gbps_per_chip")
     if network and rate:
         ports = max(1, round(cluster.node.devices * rate / 100)) if rate < 100 else cluster.node.devices
         network = dataclasses.replace(network, device_gbit_per_s=rate, rails=ports)
-    elif network and not str((hardware.get("inter") or {}).get("kind")).startswith("none"):
+    elif network and not str(between.get("kind")).startswith("none"):
         assumed.append(f"network {network.device_gbit_per_s:g} Gbit/s per device")
     return dataclasses.replace(cluster, chip=chip, network=network), unknown
 
@@ -225,8 +227,9 @@ def _layout(layout: Mapping[str, Any], model: Architecture, chips: int, cluster:
             assumed.append(f"{chunks} chunks per pipeline rank")
     given = layout.get("layers_per_stage")
     try:
-        stages = tuple(int(part) for part in str(given).split(",")) if given else ()
-    except ValueError:
+        parts = given if isinstance(given, list) else str(given or "").split(",")
+        stages = tuple(int(part) for part in parts if str(part).strip())
+    except (TypeError, ValueError):
         raise DataError(f"layers_per_stage must be numbers with commas between them, got {given!r}") from None
     stages = stages or split_layers(model.num_layers, pp * chunks)
     if len(stages) != pp * chunks or sum(stages) != model.num_layers:

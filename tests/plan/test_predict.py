@@ -116,6 +116,37 @@ def test_a_row_that_cannot_be_is_refused(published: Any, path: Any, value: Any, 
         predict(row, hardware)
 
 
+@pytest.mark.parametrize("value", [None, "what?", -1, [], {}, 3.5, True])
+def test_no_single_field_of_a_row_crashes(published: Any, value: Any) -> None:
+    """Whatever stands in one field, the row is predicted, left out with a reason, or refused by name."""
+    rows, hardware = published
+    for name in ("smx-llama3_70b_tp2_pp1_dp4_l12_mbc4", "ms-rc3-qwen15-4b-8k", "zb-1.5B-ZB2p-m24"):
+        row = rows[name]
+        row = {**row, "hardware": hardware[row["hardware"]]}
+        paths = [(key,) for key in row if key != "id"]
+        paths += [(table, key) for table in ("model", "layout", "measured", "hardware") for key in row[table]]
+        for path in paths:
+            changed = copy.deepcopy(row)
+            _put(changed, path, value)
+            said = _predicted_or_refused(changed)
+            assert said == "predicted" or name in said, path
+
+
+def _predicted_or_refused(row: dict[str, Any]) -> str:
+    try:
+        got = predict(row, {})
+    except DataError as error:
+        return str(error)
+    return "predicted" if "step_time_s" in got or got["skipped"] else "nothing said"
+
+
+def test_a_schedule_that_cannot_be_is_a_reason(published: Any) -> None:
+    rows, hardware = published
+    row = copy.deepcopy(rows["ms-rc3-llama31-70b-8k"])
+    _put(row, ("layout", "gbs"), 2)
+    assert "at least pp = 4 micro-batches" in predict(row, hardware)["skipped"]["step_time_s"]
+
+
 def _put(row: Any, path: tuple[str, ...], value: Any) -> None:
     for key in path[:-1]:
         row = row[key]
