@@ -1,6 +1,6 @@
 """How long the ranks of a pipeline wait for one another, under every schedule.
 
-    python benchmarks/bubble.py [--seconds 0.05] [--rounds 2] [--micro-batches 16] [--ranks 8] [--output bubble.json]
+    python benchmarks/bubble.py [--seconds 0.1] [--rounds 2] [--micro-batches 16] [--ranks 8] [--output bubble.json]
 
 The pipeline is that of training (pangu.parallel.pipeline) on processes that send over gloo. Its stages sleep instead of
 computing: `seconds` for a forward pass and for each of the two gradients, so that processes may outnumber cores. Of an
@@ -180,7 +180,7 @@ def of_order(schedule: str, stages_per_rank: int, options: argparse.Namespace) -
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--seconds", type=float, default=0.05, help="of a pass through a stage")
+    parser.add_argument("--seconds", type=float, default=0.1, help="of a pass through a stage")
     parser.add_argument("--rounds", type=int, default=2)
     parser.add_argument("--micro-batches", type=int, default=16)
     parser.add_argument("--ranks", type=int, default=8)
