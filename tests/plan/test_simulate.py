@@ -157,9 +157,14 @@ def test_every_pass_starts_when_it_may_and_no_later(case: tuple[str, int, int, i
             delay = durations.send[step.boundary] if step.boundary >= 0 else 0
             assert start >= timeline.end[step.source] + delay
             possible.add(timeline.end[step.source] + delay)
+        if step.gate >= 0:
+            assert start >= timeline.gathers[step.gate][1], "parameters are there before a stage's first pass"
         assert start >= free[step.rank]
         assert start in possible
         free[step.rank] = end
+    for stage, (start, _) in timeline.reductions.items():
+        ends = [stop for _, action, _, stop in timeline.passes() if action.stage == stage and action.kind != FORWARD]
+        assert start >= max(ends), "gradients are complete before they are reduced"
     busy = sum(end - start for start, end in zip(timeline.start, timeline.end, strict=True))
     assert busy == sum(timeline.compute_seconds)
     assert busy == case[3] * (sum(durations.forward) + sum(durations.backward_input) + sum(durations.backward_weight))
