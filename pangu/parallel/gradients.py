@@ -1,5 +1,6 @@
 """Gradients of a distributed model: what is left to sum after backward, and their norm over all ranks."""
 
+import math
 from collections.abc import Mapping, Sequence
 
 import torch
@@ -30,11 +31,8 @@ def copies(parameter: Tensor) -> int:
     """On how many ranks of its own mesh every element of a parameter lies."""
     if not isinstance(parameter, DTensor):
         return 1
-    sizes = zip(parameter.device_mesh.shape, parameter.placements, strict=True)
-    count = 1
-    for size, placement in sizes:
-        count *= size if placement.is_replicate() else 1
-    return count
+    placed = zip(parameter.device_mesh.shape, parameter.placements, strict=True)
+    return math.prod(size for size, placement in placed if placement.is_replicate())
 
 
 def squared_norm(parameters: Mapping[str, nn.Parameter], extra_copies: Mapping[str, int]) -> Tensor:

@@ -42,7 +42,7 @@ def run(arguments: Sequence[str]) -> int:
     if not options.config:
         raise ConfigError("pangu plan needs a CONFIG: a TOML file, or the name of one in configs/")
     config = configuration.load(options.config, overrides)
-    planned = _one_phase(config, options.phase)
+    planned = one_phase(config, options.phase)
     cluster = load_cluster(options.cluster)
     if options.scale:
         return _scale(options, planned, cluster, console)
@@ -107,7 +107,7 @@ def _add_failures(parser: argparse.ArgumentParser) -> None:
         group.add_argument(name, type=float, default=field.default, help=text)
 
 
-def _one_phase(config: Config, wanted: str) -> Config:
+def one_phase(config: Config, wanted: str) -> Config:
     """`config` with one phase, at the batch size that it ends with."""
     names = [phase.name for phase in config.phases]
     index = int(wanted) if wanted.isdigit() else names.index(wanted) if wanted in names else len(names)
@@ -186,7 +186,7 @@ def _write_files(options: argparse.Namespace, config: Config, plan: Plan, consol
         try:
             whole = plan.configured(config)
         except ConfigError as error:
-            whole = plan.configured(_one_phase(config, options.phase))
+            whole = plan.configured(one_phase(config, options.phase))
             console.print(f"wrote only phase {options.phase!r} to {options.write}, for in another {error}")
         write_atomically(options.write, configuration.show(whole))
         console.print(f"wrote {options.write}")

@@ -17,7 +17,7 @@ from pangu import config as configuration
 from pangu.errors import ConfigError
 from pangu.files import write_atomically
 from pangu.parallel.layout import Layout, make_layout
-from pangu.plan.commands import _one_phase
+from pangu.plan.commands import one_phase
 from pangu.plan.dryrun import DryRun, dry_run
 from pangu.plan.hardware import Cluster, load_cluster
 from pangu.plan.job import job_of
@@ -35,7 +35,7 @@ and say what it would hold, compute and send. --section.field value overrides a 
 def run(arguments: Sequence[str]) -> int:
     """`pangu dryrun ARGUMENTS`. Raises `PanguError` for what the user can mend, also what the real run would raise."""
     options, overrides = _parser().parse_known_args(arguments)
-    config = _one_phase(configuration.load(options.config, overrides), options.phase)
+    config = one_phase(configuration.load(options.config, overrides), options.phase)
     if options.world_size < 1:
         raise ConfigError(f"--world-size must be at least 1, got {options.world_size}")
     layout = make_layout(config, options.world_size)

@@ -153,9 +153,9 @@ def test_layout_in_short() -> None:
 def test_pangu_ultra_on_its_cluster() -> None:
     """The report's layout is found, fits its 64 GB devices, and takes what a 43% to 52% MFU takes (section 4.2)."""
     from pangu.config import load
-    from pangu.plan.commands import _one_phase
+    from pangu.plan.commands import one_phase
 
-    config = _one_phase(load("pangu_ultra_135b"), "0")
+    config = one_phase(load("pangu_ultra_135b"), "0")
     found = search(config, cluster_with("atlas_800t_a2"), 8192, parse_layout("tp8,pp8,dp128,v6,mb1,interleaved_1f1b"))
     plan = found.plans[0]
     assert plan.job.num_micro_batches == 16
