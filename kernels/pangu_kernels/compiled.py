@@ -20,9 +20,9 @@ import os
 import platform
 import subprocess
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import cast
+from typing import Any, cast
 
 import torch
 from torch import Tensor
@@ -44,7 +44,7 @@ def kernel(name: str, signature: str, *tensors: Tensor | None) -> Callable[..., 
     for tensor in tensors:
         if tensor is not None and not (tensor.dtype is torch.float32 and tensor.is_contiguous() and tensor.numel()):
             return None
-    return _function(name, signature)
+    return function(name, signature)
 
 
 def address(tensor: Tensor | None) -> int | None:
@@ -57,35 +57,40 @@ def threads(x: Tensor) -> int:
 
 
 @functools.cache
-def _function(name: str, signature: str) -> Callable[..., None] | None:
-    library = _library()
+def function(name: str, signature: str, source: Path | None = None) -> Callable[..., Any] | None:
+    """The C function `name` of `source`, else of the kernels; None where they cannot be compiled, which is logged once.
+
+    `signature` as that of `kernel`; a letter after a colon is what the function returns.
+    """
+    library = _library(source)
     if library is None:
         return None
-    function = getattr(library, name)
-    function.argtypes = [_TYPES[letter] for letter in signature]
-    function.restype = None
-    return cast(Callable[..., None], function)
+    arguments, _, result = signature.partition(":")
+    found = getattr(library, name)
+    found.argtypes = [_TYPES[letter] for letter in arguments]
+    found.restype = _TYPES.get(result)
+    return cast(Callable[..., Any], found)
 
 
 @functools.cache
-def _library() -> ctypes.CDLL | None:
+def _library(source: Path | None) -> ctypes.CDLL | None:
     try:
-        return ctypes.CDLL(str(_build()))
+        return ctypes.CDLL(str(_build([source] if source else sorted(_FOLDER.glob("*/cpu.cpp")))))
     except (OSError, RuntimeError, subprocess.SubprocessError) as error:
         detail = str(getattr(error, "stderr", None) or error).strip()[-500:]
-        logging.getLogger(__name__).warning("CPU kernels were not compiled, slower references run instead: %s", detail)
+        what = f"The functions of {source.name}" if source else "CPU kernels"
+        logging.getLogger(__name__).warning("%s were not compiled, slower references run instead: %s", what, detail)
         return None
 
 
-def _build() -> Path:
+def _build(sources: Sequence[Path]) -> Path:
     """Path of the library, compiled unless the cache has one of these sources for this compiler and processor."""
-    sources = sorted(_FOLDER.glob("*/cpu.cpp"))
     compiler = os.environ.get("CXX", "g++")
     version = subprocess.run([compiler, "--version"], capture_output=True, text=True, check=True).stdout
     contents = [path.read_text(encoding="utf-8") for path in (_FOLDER / "rows.h", *sources)]
     key = hashlib.sha256("\0".join([version, _processor(), *_FLAGS, *contents]).encode()).hexdigest()[:16]
     folder = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "pangu_kernels"
-    library = folder / f"cpu-{key}.so"
+    library = folder / f"{sources[0].stem}-{key}.so"
     if not library.exists():
         folder.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=folder) as temporary:  # several processes may build at once

@@ -77,7 +77,12 @@ def cases() -> Iterator[Case]:
             f"attention-{name}",
             partial(_attention, **options),
             partial(_plain_attention, **options),
-            partial(_attention_inputs, heads=(heads, key_heads), lengths=(sum(q_lengths), sum(k_lengths))),
+            partial(
+                _attention_inputs,
+                heads=(heads, key_heads),
+                lengths=(sum(q_lengths), sum(k_lengths)),
+                head_dim=24 if name.endswith("uneven_heads") else 16,
+            ),
         )
     for num_tokens, vocab_size, chunk_size, weighted in ((1, 1, 0, False), (7, 129, 3, True), (129, 127, 64, False)):
         yield Case(
@@ -106,6 +111,10 @@ _ATTENTION = (
     ("blocks_of_queries", 2, 1, (300, 300), (300, 300)),
     ("blocks_behind_a_cache", 2, 2, (259,), (270,)),
     ("many_documents", 2, 1, (1, 2, 3) * 9, (1, 2, 3) * 9),
+    ("tiles_of_every_fill", 2, 1, (63, 64, 65, 129), (63, 64, 65, 129)),
+    ("uneven_heads", 4, 2, (3, 130, 1), (3, 130, 1)),
+    ("behind_a_cache_uneven_heads", 4, 2, (3, 0, 2, 1), (5, 4, 2, 6)),
+    ("all_keys_uneven_heads", 4, 2, (3, 0, 2, 2, 1), (1, 4, 0, 0, 3)),
     ("all_keys", 6, 2, (3, 2, 4), (1, 5, 4)),
     ("all_keys_of_equal_documents", 2, 2, (3, 3), (2, 2)),
     ("all_keys_or_none", 4, 2, (3, 0, 2, 2, 1), (1, 4, 0, 0, 3)),
@@ -192,8 +201,7 @@ def _plain_attention(
     return out, scores.logsumexp(-1).T.detach()
 
 
-def _attention_inputs(make: Maker, heads: tuple[int, int], lengths: tuple[int, int]) -> list[Tensor]:
-    head_dim = 8
+def _attention_inputs(make: Maker, heads: tuple[int, int], lengths: tuple[int, int], head_dim: int) -> list[Tensor]:
     return [
         make.normal(lengths[0], heads[0], head_dim),
         make.normal(lengths[1], heads[1], head_dim),

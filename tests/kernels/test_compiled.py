@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from pangu_kernels import compiled, rms_norm, sandwich_norm
+from pangu_kernels import attention, compiled, rms_norm, sandwich_norm
 
 PROGRAM = """
 import logging, torch, pangu_kernels
@@ -66,11 +66,15 @@ def test_bits_do_not_depend_on_the_number_of_threads() -> None:
     torch.manual_seed(0)
     x, y = (torch.randn(300, 129, requires_grad=True) for _ in range(2))
     gain, other_gain = (torch.randn(129, requires_grad=True) for _ in range(2))
+    heads = torch.randn(300, 4, 32, requires_grad=True)
+    documents = torch.tensor([0, 70, 300], dtype=torch.int32)
     results = []
     for threads in (1, 2):
         torch.set_num_threads(threads)
         new_residual, normed = sandwich_norm(x, y, gain, other_gain, 1e-5)
         assert normed is not None
         loss = (new_residual * normed * rms_norm(x, gain, 1e-5)).sum()
-        results.append([normed, *torch.autograd.grad(loss, (x, y, gain, other_gain))])
+        out, _ = attention(heads, heads[:, :2], heads[:, 2:], documents, documents, 0.25)
+        loss = loss + out.square().sum()
+        results.append([normed, out, *torch.autograd.grad(loss, (x, y, gain, other_gain, heads))])
     assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
