@@ -20,7 +20,7 @@ ALLOWED = {
     "pangu.device": {"pangu.config", "pangu_kernels"},
     "pangu.model": {"pangu.config", "pangu_kernels"},
     "pangu.tokenizer": {"pangu.config", "pangu.data"},
-    "pangu.data": {"pangu.config", "pangu.tokenizer"},
+    "pangu.data": {"pangu.config", "pangu.tokenizer", "pangu_kernels"},
     "pangu.convert": {"pangu.config", "pangu.model", "pangu.tokenizer"},
     "pangu.parallel": {"pangu.config", "pangu.data", "pangu.device", "pangu.model", "pangu_kernels"},
     "pangu.doctor": {

@@ -13,7 +13,7 @@ from pangu.data.indexed_dataset import IndexedDataset
 from pangu.data.mixture import Mixture
 from pangu.data.packing import Window
 from pangu.data.schedule import Schedule
-from pangu.data.stream import StreamWindow, TokenStream
+from pangu.data.stream import StreamTable, StreamWindow, StreamWindows, TokenStream
 from pangu.errors import DataError
 from pangu.tokenizer.tokenizer import Tokenizer
 
@@ -37,9 +37,9 @@ class DomainSource:
                 validation[name] = _open(field, domain.validation_paths, config.model.vocab_size)
                 _check_length(field, validation[name], config)
         _check_tokenizers([*streams.values(), *validation.values()], config.data.tokenizer, self._tokenizer)
-        self._streams = list(streams.values())
+        self._table = StreamTable(list(streams.values()))
         self._validation = validation
-        self._mixture = Mixture(config, schedule.phase_sequences, [stream.num_tokens for stream in self._streams])
+        self._mixture = Mixture(config, schedule.phase_sequences, [stream.num_tokens for stream in streams.values()])
 
     @property
     def validation_domains(self) -> tuple[str, ...]:
@@ -53,10 +53,7 @@ class DomainSource:
     def windows(self, phase_index: int, sequences: npt.NDArray[np.int64]) -> Sequence[Window]:
         """The given sequences of a phase."""
         domains, starts = self._mixture.locate(phase_index, sequences)
-        windows = [
-            StreamWindow(self._streams[domain], start)
-            for domain, start in zip(domains.tolist(), starts.tolist(), strict=True)
-        ]
+        windows = StreamWindows(self._table, np.stack([domains, starts], axis=1))
         if not self._tokenizer or not self._fill_in_the_middle.rate:
             return windows
         return [

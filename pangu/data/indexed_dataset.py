@@ -72,8 +72,8 @@ class IndexedDataset(Sequence[npt.NDArray[Any]]):
         sections = np.split(index[_HEADER.size :], [4 * sequences, 12 * sequences])
         self.sequence_lengths: npt.NDArray[np.int32] = sections[0].view("<i4")  # [sequences]
         self.sequence_pointers: npt.NDArray[np.int64] = sections[1].view("<i8")  # [sequences]
-        self._first_sequences: npt.NDArray[np.int64] = sections[2].view("<i8")  # [documents + 1]
-        if self._first_sequences[0] != 0 or self._first_sequences[-1] != sequences:
+        self.first_sequences: npt.NDArray[np.int64] = sections[2].view("<i8")  # [documents + 1]
+        if self.first_sequences[0] != 0 or self.first_sequences[-1] != sequences:
             raise DataError(f"{index_path}: the document table does not span its {sequences} sequences; build it again")
 
         end = int(self.sequence_pointers[-1]) + int(self.sequence_lengths[-1]) * self.dtype.itemsize if sequences else 0
@@ -96,7 +96,7 @@ class IndexedDataset(Sequence[npt.NDArray[Any]]):
         return len(self.tokens)
 
     def __len__(self) -> int:
-        return len(self._first_sequences) - 1
+        return len(self.first_sequences) - 1
 
     @overload
     def __getitem__(self, index: int) -> npt.NDArray[Any]: ...
@@ -120,7 +120,7 @@ class DocumentOffsets:
     """
 
     def __init__(self, dataset: IndexedDataset) -> None:
-        self._first_sequences = dataset._first_sequences
+        self._first_sequences = dataset.first_sequences
         self._pointers = dataset.sequence_pointers
         self._itemsize = dataset.dtype.itemsize
         self._num_tokens = dataset.num_tokens

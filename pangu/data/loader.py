@@ -18,7 +18,7 @@ import numpy.typing as npt
 from pangu.config import Config
 from pangu.data.batch import IGNORED_LABEL, Batch
 from pangu.data.domains import DomainSource
-from pangu.data.packing import Window, pack
+from pangu.data.packing import Window, pack_all
 from pangu.data.schedule import Position, Schedule
 from pangu.data.synthetic import SyntheticSource
 from pangu.errors import ConfigError
@@ -93,16 +93,14 @@ class Loader:
             yield batch
 
     def _pack(self, windows: Sequence[Window], sequence_length: int) -> Iterator[Batch]:
-        data = self.config.data
-        size = self.config.train.micro_batch_size
-        for first in range(0, len(windows), size):
-            yield pack(
-                windows[first : first + size],
-                sequence_length,
-                reset_at_documents=data.reset_at_documents,
-                reset_positions=data.reset_positions,
-                pad_id=self._source.pad_id,
-            )
+        return pack_all(
+            windows,
+            self.config.train.micro_batch_size,
+            sequence_length,
+            reset_at_documents=self.config.data.reset_at_documents,
+            reset_positions=self.config.data.reset_positions,
+            pad_id=self._source.pad_id,
+        )
 
 
 class Prefetcher:

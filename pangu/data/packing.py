@@ -1,14 +1,21 @@
-"""Windows of the token stream laid end to end as one `Batch`."""
+"""Windows of the token stream laid end to end as one `Batch`.
 
-from collections.abc import Sequence
+`pack` is the reference. packing.cpp does the same in one pass over the memory-mapped files, at four to seven times the
+rate: numpy takes several passes, and Python a microsecond for every document.
+"""
+
+from collections.abc import Callable, Iterator, Sequence
 from itertools import pairwise
+from pathlib import Path
 from typing import Protocol
 
 import numpy as np
 import numpy.typing as npt
 import torch
+from pangu_kernels.compiled import function
 
 from pangu.data.batch import IGNORED_LABEL, Batch
+from pangu.data.stream import StreamWindows
 
 
 class Window(Protocol):
@@ -17,6 +24,31 @@ class Window(Protocol):
     def read(self, out: npt.NDArray[np.int64]) -> list[int]:
         """Fill `out` [length] with tokens; the rising offsets in (0, length) at which documents start."""
         ...
+
+
+def pack_all(
+    windows: Sequence[Window],
+    micro_batch_size: int,
+    sequence_length: int,
+    *,
+    reset_at_documents: bool,
+    reset_positions: bool,
+    pad_id: int | None = None,
+) -> Iterator[Batch]:
+    """`pack` of `micro_batch_size` windows after the other; in C++ if they are `StreamWindows` and not padded."""
+    compiled = None
+    if pad_id is None and isinstance(windows, StreamWindows):
+        compiled = _compiled(windows, micro_batch_size, sequence_length, reset_at_documents, reset_positions)
+    for first in range(0, len(windows), micro_batch_size):
+        end = min(first + micro_batch_size, len(windows))
+        batch = compiled(first, end) if compiled else None
+        yield batch or pack(
+            windows[first:end],
+            sequence_length,
+            reset_at_documents=reset_at_documents,
+            reset_positions=reset_positions,
+            pad_id=pad_id,
+        )
 
 
 def pack(
@@ -62,6 +94,50 @@ def pack(
         position_ids=torch.from_numpy(_positions(documents if reset_at_documents or reset_positions else sequences)),
         cu_seqlens=torch.from_numpy(np.array(documents if reset_at_documents else sequences, np.int32)),
     )
+
+
+def pack_function() -> Callable[..., int] | None:
+    """`pack` of packing.cpp; None without a compiler."""
+    return function("pack", "pppiiiiipp:i", Path(__file__).with_suffix(".cpp"))
+
+
+def _compiled(
+    windows: StreamWindows,
+    micro_batch_size: int,
+    sequence_length: int,
+    reset_at_documents: bool,
+    reset_positions: bool,
+) -> Callable[[int, int], Batch | None] | None:
+    """`pack` of windows[first:end]; None without a compiler, or for windows that only the reference reads."""
+    run = pack_function()
+    if run is None:
+        return None
+    table, places = windows.table, windows.places
+    boundaries = np.empty(micro_batch_size * sequence_length + 1, np.int32)
+    # Taken once: asking numpy for an address takes as long as the call.
+    inputs = table.datasets.ctypes.data, table.rows.ctypes.data
+    first_place, boundaries_address = places.ctypes.data, boundaries.ctypes.data
+
+    def pack_range(first: int, end: int) -> Batch | None:
+        count = end - first
+        arrays = np.empty((3, count * sequence_length), np.int64)
+        tokens, labels, positions = map(torch.from_numpy, arrays)
+        num_boundaries = run(
+            *inputs,
+            first_place + first * places.strides[0],
+            count,
+            sequence_length,
+            reset_at_documents,
+            reset_positions,
+            IGNORED_LABEL,
+            tokens.data_ptr(),
+            boundaries_address,
+        )
+        if num_boundaries < 0:
+            return None
+        return Batch(tokens, labels, positions, torch.from_numpy(boundaries[:num_boundaries].copy()))
+
+    return pack_range
 
 
 def _positions(boundaries: list[int]) -> npt.NDArray[np.int64]:
