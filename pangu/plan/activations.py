@@ -26,7 +26,7 @@ def layer_bytes(job: Job, mode: Recompute) -> float:
         values += key
     values += inner + wide * (not recomputes and not job.recomputes_activation)
     if mode == "every second matmul":
-        values -= (query + 2 * key) / 2 + inner / 2
+        values = _every_second_matmul(job)
     if model.local_filter != "none":
         values += _filter_values(job, recomputes)
     per_token = size * values + framework.statistics_bytes * model.num_attention_heads / t
@@ -34,6 +34,15 @@ def layer_bytes(job: Job, mode: Recompute) -> float:
     if model.dropout:
         per_token += 2 * h
     return job.local_tokens * per_token
+
+
+def _every_second_matmul(job: Job) -> float:
+    """torchtitan's selective "op" policy (parallelize_llama.py): the block's input, the first, third and fifth matmul
+    (queries, values, gate), what attention returns and, with tensor parallelism, what is scattered after it. The
+    seventh, the block's output, is needed by nothing: a compiled block drops it, an eager one keeps it."""
+    model, t, h = job.model, job.layout.tp, job.model.hidden_size / job.sequence_shards
+    key, wide = job.local_kv_heads * model.head_dim, model.intermediate_size / t
+    return h * (1 + (t > 1) + (not job.framework.compiled)) + 2 * model.query_size / t + key + wide
 
 
 def _filter_values(job: Job, recomputes: bool) -> float:

@@ -15,7 +15,7 @@ FRAMEWORKS = {
             fused_cross_entropy=False,
             keeps_raw_keys=False,
             weight_gradient_copies=True,
-            loss_bytes=(10, 6),
+            loss_bytes=(6, 2),
         ),
         Framework(
             "megatron-2021",
@@ -54,6 +54,7 @@ FRAMEWORKS = {
             optimizer_bytes=8,
             loss_bytes=(10, 14),
             keeps_outputs=True,
+            pools_per_stream=True,
         ),
         Framework(
             "llm-foundry",
@@ -132,6 +133,8 @@ def framework_of(row: Mapping[str, Any], layout: Mapping[str, Any]) -> Framework
     if name == "megatron-2021" and layout.get("zero") == 3:
         name = "deepspeed-zero3"
     framework = FRAMEWORKS[name]
+    if name == "torchtitan" and (layout.get("tp") or 1) != 1:
+        framework = replace(framework, loss_bytes=(14, 18))  # loss parallel: one PyTorch operator after the other
     if family.startswith("sc21"):
         framework = replace(framework, asynchronous_linear=False)
     if layout.get("flash_attn") is not None:

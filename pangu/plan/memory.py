@@ -102,7 +102,7 @@ def _rank_memory(job: Job, rank: int, sizes: list[float]) -> RankMemory:
         logits=logits,
         workspace=workspace,
         communication=COMMUNICATOR_BYTES * _communicators(job) + framework.bucket_bytes,
-        overhead=CONTEXT_BYTES + framework.fragmentation * allocated,
+        overhead=CONTEXT_BYTES + framework.fragmentation * allocated + state.pools,
         static=state.between_steps,
         moments=state.optimizer * 8 / framework.optimizer_bytes,
     )
@@ -120,6 +120,8 @@ class _State:
     """Gathered weights, gradients and buffers of the layer whose backward pass runs."""
     in_head: float = 0.0
     """What is there beside the head at work."""
+    pools: float = 0.0
+    """Kept by the allocator for other streams than that of computation."""
 
 
 def _state(job: Job, rank: int) -> _State:
@@ -155,7 +157,8 @@ def _sharded_state(job: Job, rank: int, between_steps: float) -> _State:
         in_layer += 2 * element * layer / pieces  # one layer gathered, the next on its way
         in_head += element * layer / pieces
     weights = 4 * n / shards + element * (n if keeps_weights else outside)
-    return _State(weights, gradients, 8 * n / shards, between_steps, in_layer, in_head)
+    pools = element * outside if job.framework.pools_per_stream else 0.0
+    return _State(weights, gradients, 8 * n / shards, between_steps, in_layer, in_head, pools)
 
 
 def _stage_bytes(job: Job) -> list[float]:

@@ -206,10 +206,12 @@ def _architecture(model: Mapping[str, Any], name: str, assumed: list[str]) -> Ar
 
 
 def _with_framework(model: Architecture, row: Mapping[str, Any], framework: Framework) -> Architecture:
-    """Defaults of frameworks: Megatron of 2021 ties the head and drops out, today's does neither."""
+    """Defaults of frameworks: Megatron of 2021 ties the head and drops out; today's does not tie, and drops out unless
+    told otherwise (`hidden_dropout` 0.1), as every script for a Llama does."""
     if framework.name == "megatron-core" and row.get("tied") is None:
         model = dataclasses.replace(model, tied=False)
-    return dataclasses.replace(model, dropout=framework.name == "megatron-2021")
+    drops = framework.name == "megatron-2021" or (framework.name == "megatron-core" and not model.gated)
+    return dataclasses.replace(model, dropout=drops)
 
 
 def _layout(layout: Mapping[str, Any], model: Architecture, chips: int, cluster: Cluster, assumed: list[str]) -> Layout:
