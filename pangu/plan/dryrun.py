@@ -29,6 +29,7 @@ from pangu.model.local import local
 from pangu.parallel.layout import Layout
 from pangu.parallel.mesh import Mesh, make_mesh
 from pangu.parallel.model import ParallelModel, assemble
+from pangu.plan.npu import attention_mask
 from pangu.plan.recorder import Counts, Peak, Recorder, Traffic
 from pangu.train.trainer import Learner
 
@@ -58,8 +59,9 @@ class DryRun:
 def dry_run(config: Config, layout: Layout, rank: int, micro_batches: int | None = None) -> DryRun:
     """One step of the first phase of `config` by `rank` of `layout`, at the batch size that the phase begins with.
 
-    Every sequence is one document. With `micro_batches` two shorter steps run, the second of at least so many: with a
-    full pipeline operators, FLOPs and bytes grow by the same amount for every further micro-batch, memory not at all.
+    Every sequence is one document. Where train.device is "npu", memory is that of an NPU's operators.
+    With `micro_batches` two shorter steps run, the second of at least so many: with a full pipeline operators, FLOPs
+    and bytes grow by the same amount for every further micro-batch, memory not at all.
 
     Raises `ConfigError` for a rank outside the layout, `TrainingError` with what the real run would fail with.
     """
@@ -157,12 +159,15 @@ def _run(config: Config, layout: Layout, counts: list[int]) -> tuple[list[tuple[
     staged = list(zip(layout.stages_of(pp_rank) if layout.pp > 1 else (0,), parts, strict=True))
     stages = {stage: sum(_local_size(p) for p in part.parameters()) for stage, part in staged}
     steps = []
-    recorder = Recorder(_dimensions(mesh))
+    on_npu = config.train.device == "npu"
+    recorder = Recorder(_dimensions(mesh), on_npu)
     with FakeTensorMode(allow_non_fake_inputs=True), recorder, recorder.watching(staged):
         for part in parts:
             part.to_empty(device=_CPU)
         learner = Learner(config, schedule, ParallelModel(config, layout, mesh, parts, _CPU))
         _mark_state(recorder, learner)
+        constants = [attention_mask()] if on_npu else []
+        recorder.mark((("attention", constant) for constant in constants), "constants")
         static, batch = recorder.live, _batch(config)
         for count in counts:
             recorder.restart()

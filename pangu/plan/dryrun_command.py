@@ -14,6 +14,7 @@ from rich.console import Console
 from rich.table import Column, Table
 
 from pangu import config as configuration
+from pangu.config import Config
 from pangu.errors import ConfigError
 from pangu.files import write_atomically
 from pangu.parallel.layout import Layout, make_layout
@@ -35,12 +36,14 @@ and say what it would hold, compute and send. --section.field value overrides a 
 def run(arguments: Sequence[str]) -> int:
     """`pangu dryrun ARGUMENTS`. Raises `PanguError` for what the user can mend, also what the real run would raise."""
     options, overrides = _parser().parse_known_args(arguments)
-    config = one_phase(configuration.load(options.config, overrides), options.phase)
+    device = ["--train.device", options.device] if options.device else []
+    config = one_phase(configuration.load(options.config, [*overrides, *device]), options.phase)
     if options.world_size < 1:
         raise ConfigError(f"--world-size must be at least 1, got {options.world_size}")
     layout = make_layout(config, options.world_size)
     ranks = _ranks(options, layout)
     cluster = load_cluster(options.cluster)
+    config = _with_device(config, cluster)
     console = Console(width=None if sys.stdout.isatty() else _WIDTH_OF_FILES)
     planned = memory(job_of(config, layout), cluster)
     reports = []
@@ -53,6 +56,13 @@ def run(arguments: Sequence[str]) -> int:
         write_atomically(options.json, json.dumps(reports, indent=1))
         console.print(f"wrote {options.json}")
     return 0
+
+
+def _with_device(config: Config, cluster: Cluster) -> Config:
+    """Where the config leaves the device open, it is the cluster's."""
+    if config.train.device != "auto" or cluster.chip.family != "ascend":
+        return config
+    return dataclasses.replace(config, train=dataclasses.replace(config.train, device="npu"))
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -73,6 +83,9 @@ def _parser() -> argparse.ArgumentParser:
         "--cluster",
         default="atlas_800t_a2",
         help="whose devices it has to fit: as for pangu plan (default: %(default)s)",
+    )
+    parser.add_argument(
+        "--device", help="short for --train.device; npu: with an NPU's tensors (default: as the cluster)"
     )
     parser.add_argument("--json", metavar="FILE", type=Path, help="write everything, all modules included")
     return parser

@@ -27,6 +27,7 @@ from torch.utils._pytree import tree_iter
 
 from pangu.model import Transformer
 from pangu.parallel import context
+from pangu.plan import npu
 from pangu.plan.counting import collective, flops
 from pangu.plan.places import Place, Places
 
@@ -35,6 +36,7 @@ KINDS = (
     "gathered parameters",
     "gradients",
     "optimizer state",
+    "constants",
     "activations",
     "logits and loss",
     "communication",
@@ -105,10 +107,14 @@ class Counts:
 
 
 class Recorder(TorchDispatchMode):
-    """To be entered over (that is, after) the fake mode. dimensions: of the mesh, by the name of a process group."""
+    """To be entered over (that is, after) the fake mode. dimensions: of the mesh, by the name of a process group.
 
-    def __init__(self, dimensions: dict[str, str]) -> None:
+    on_npu: count the tensors that an NPU's operators make, although these are the CPU's.
+    """
+
+    def __init__(self, dimensions: dict[str, str], on_npu: bool = False) -> None:
         super().__init__()
+        self._softmax = npu.softmax_cross_entropy_ if on_npu else linear_cross_entropy.softmax_cross_entropy_
         self.dimensions = dimensions
         self.counts = Counts()
         self.live = 0
@@ -171,7 +177,7 @@ class Recorder(TorchDispatchMode):
             return 1.0 if args[0].is_floating_point() else 1
         if func is torch.ops.pangu.linear_cross_entropy.default:
             with self:
-                return linear_cross_entropy.forward(*args, **kwargs)
+                return linear_cross_entropy.forward(*args, **kwargs, loss_and_gradient_=self._softmax)
         result = func(*args, **kwargs)
         if not func.is_view and func.namespace not in _NOTHING:
             self.counts.operators[func.name()] += 1
