@@ -120,8 +120,8 @@ class Framework:
     """What the caching allocator holds beyond its peak in use, as a share of it. 4.3 % on the mean of 12 published
     pairs (SimuMax on B200)."""
     pools_per_stream: bool = False
-    """Memory is measured as reserved, where every stream has a pool of its own: the largest parameters that FSDP gathers
-    lie in that of the gathers and, copied, in that of computation."""
+    """Memory is told as reserved, and every stream has a pool of its own: the largest parameters that FSDP gathers lie
+    in that of the gathers and, copied, in that of computation."""
     weight_gradient_copies: bool = False
     """Beside the accumulated gradients autograd gets tensors of the same shapes: one of every kind is kept."""
 

@@ -150,17 +150,22 @@ def schedule_order(schedule: str, pp: int, stages_per_rank: int, micro_batches: 
             raise ConfigError(f"pipeline schedule '1f1b' has one stage per rank, got {stages_per_rank}")
         if micro_batches < pp:
             raise ConfigError(f"pipeline schedule '1f1b' needs at least pp = {pp} micro-batches, got {micro_batches}")
-        ranks = [_one_forward_one_backward(rank, pp, micro_batches) for rank in range(pp)]
-    elif schedule in _LIBRARY_NAMES:
-        ranks = _library_order(_LIBRARY_NAMES[schedule], pp, stages_per_rank, micro_batches)
-    else:
+        return one_forward_one_backward(pp, micro_batches)
+    if schedule not in _LIBRARY_NAMES:
         raise ConfigError(f"unknown pipeline schedule {schedule!r}; one of: 1f1b, {', '.join(_LIBRARY_NAMES)}")
+    ranks = _library_order(_LIBRARY_NAMES[schedule], pp, stages_per_rank, micro_batches)
     return Order(schedule, pp, stages_per_rank, micro_batches, tuple(map(tuple, ranks)))
+
+
+def one_forward_one_backward(pp: int, micro_batches: int) -> Order:
+    """1F1B of any number of micro-batches: Megatron and DeepSpeed also run fewer than there are ranks."""
+    ranks = [tuple(_one_forward_one_backward(rank, pp, micro_batches)) for rank in range(pp)]
+    return Order("1f1b", pp, 1, micro_batches, tuple(ranks))
 
 
 def _one_forward_one_backward(rank: int, pp: int, micro_batches: int) -> list[Action]:
     """What Schedule1F1B executes: the table it can print numbers the last rank's forward passes from 1."""
-    ahead = pp - 1 - rank
+    ahead = min(pp - 1 - rank, micro_batches)
     actions = [Action(FORWARD, rank, index) for index in range(ahead)]
     for index in range(micro_batches):
         if index + ahead < micro_batches:

@@ -7,7 +7,7 @@ from pangu.plan.job import Job
 from pangu.plan.layer import Cost, Passes, block, embedding, head, recomputed
 from pangu.plan.operators import Operators
 from pangu.plan.parameters import layer_parameters, rank_parameters, stage_parameters, table_parameters
-from pangu.plan.simulate import Durations, Order, Timeline, schedule_order, simulate
+from pangu.plan.simulate import Durations, Order, Timeline, one_forward_one_backward, schedule_order, simulate
 from pangu.plan.zero_bubble import LIMITS, zero_bubble_order
 
 
@@ -227,6 +227,8 @@ def pipeline_order(job: Job, micro_batches: int, stages: tuple[StageTime, ...] =
         parts = [(at.forward, at.backward_input, at.backward_weight) for at in stages] or [(1.0, 1.0, 1.0)] * layout.pp
         durations = tuple((round(f / whole, 4), round(b / whole, 4), round(w / whole, 4)) for f, b, w in parts)
         return zero_bubble_order(job.schedule, micro_batches, durations)
+    if job.schedule == "1f1b" and job.framework.name != "pangu":
+        return one_forward_one_backward(layout.pp, micro_batches)
     return schedule_order(job.schedule, layout.pp, layout.num_stages // layout.pp, micro_batches)
 
 

@@ -142,9 +142,17 @@ def _predicted_or_refused(row: dict[str, Any]) -> str:
 
 def test_a_schedule_that_cannot_be_is_a_reason(published: Any) -> None:
     rows, hardware = published
+    row = copy.deepcopy(rows["golden-gpt3_7b_tp1_pp4-dgx_a100_1node"])
+    _put(row, ("layout", "gbs"), 18)
+    assert "torch.distributed.pipelining" in predict(row, hardware)["skipped"]["step_time_s"]
+
+
+def test_other_frameworks_run_fewer_micro_batches_than_ranks(published: Any) -> None:
+    """1F1B of one micro-batch on 4 ranks: three quarters of the step idle."""
+    rows, hardware = published
     row = copy.deepcopy(rows["ms-rc3-llama31-70b-8k"])
-    _put(row, ("layout", "gbs"), 2)
-    assert "at least pp = 4 micro-batches" in predict(row, hardware)["skipped"]["step_time_s"]
+    _put(row, ("layout", "gbs"), 1)
+    assert predict(row, hardware)["bubble_fraction_of_step"] == pytest.approx(0.75, abs=0.01)
 
 
 def _put(row: Any, path: tuple[str, ...], value: Any) -> None:
@@ -217,3 +225,5 @@ def test_the_accuracy_is_what_was_asked_for() -> None:
     assert memory["simumax_b200: peak, per rank"]["mape"] < 0.01
     assert memory["mindspeed_ci_memory: between steps, per rank"]["mape"] < 0.01
     assert memory["mindspeed_ci_memory: peak of the first step, per rank"]["mape"] < 0.03
+    assert memory["torchtitan: reserved"]["mape"] < 0.02
+    assert memory["megatron_golden: peak"]["mape"] < 0.01
