@@ -114,7 +114,7 @@ class Operators:
         return self.latency(size, members) + (size - 1) / size * full_bytes / self.bandwidth(size, members, flows)
 
     def latency(self, size: int, members: int) -> float:
-        """Of one collective: a message inside the node, and one for every doubling of the nodes."""
+        """Of one collective, a ring: a message inside the node, and one for every other node."""
         seconds = self.cluster.node.latency_us if members > 1 else 0.0
         if size > members:
             seconds += self.cluster.require_network().latency_us * (math.ceil(size / members) - 1)
