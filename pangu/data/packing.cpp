@@ -29,7 +29,8 @@ int64_t load(const char* array, int64_t index) {
 
 int64_t document_start(const Dataset& dataset, int64_t document) {
   const int64_t sequence = dataset.documents ? load(dataset.documents, document) : document;
-  return sequence == dataset.num_sequences ? dataset.num_tokens : load(dataset.sequences, sequence) / dataset.token_bytes;
+  if (sequence == dataset.num_sequences) return dataset.num_tokens;
+  return load(dataset.sequences, sequence) / dataset.token_bytes;
 }
 
 // The first document that starts after `token`; num_documents if there is none.
@@ -64,18 +65,20 @@ bool copy(const Dataset& dataset, int64_t first, int64_t count, int64_t offset, 
 
 }  // namespace
 
-// What `packing.pack` computes, in its order: the batch [3, windows * length] is tokens, labels and positions.
-// `rows` [streams + 1] are the first datasets of each stream. Returns how many `boundaries` [up to windows * length + 1]
-// there are; -1 where a dataset is of another type, has a token id that is too large, or ends: the reference says which.
+// What `packing.pack` computes of `micro_batch_size` windows at a time. `batches` [number, 3, tokens] are tokens, labels,
+// positions; `boundaries` follow one another, those of a batch up to its entry in `ends`. `rows` [streams + 1] are the
+// first datasets of each stream. Returns 0 where a dataset is of another type, has a token id that is too large, or ends
+// inside a window: the reference says which.
 extern "C" int64_t pack(const Dataset* datasets, const int64_t* rows, const Window* windows, int64_t num_windows,
-                        int64_t length, int64_t reset_at_documents, int64_t reset_positions, int64_t ignored_label,
-                        int64_t* batch, int32_t* boundaries) {
-  const int64_t num_tokens = num_windows * length;
+                        int64_t micro_batch_size, int64_t length, int64_t reset_at_documents, int64_t reset_positions,
+                        int64_t ignored_label, int64_t* batches, int32_t* boundaries, int64_t* ends) {
+  const int64_t num_tokens = micro_batch_size * length;
   int64_t num_boundaries = 0;
   for (int64_t index = 0; index < num_windows; ++index) {
     const auto [stream, window_start] = windows[index];
-    const int64_t origin = index * length;
-    int64_t *tokens = batch + origin, *labels = tokens + num_tokens, *positions = labels + num_tokens;
+    const int64_t origin = index % micro_batch_size * length;
+    int64_t* tokens = batches + index / micro_batch_size * 3 * num_tokens + origin;
+    int64_t *labels = tokens + num_tokens, *positions = labels + num_tokens;
     int64_t counted = 0, last = 0;  // where positions are written up to, and the last start of a document
     const auto count_to = [&](int64_t end) {
       for (int64_t i = counted; i < end; ++i) positions[i] = i - counted;
@@ -85,12 +88,12 @@ extern "C" int64_t pack(const Dataset* datasets, const int64_t* rows, const Wind
     const Dataset *dataset = datasets + rows[stream], *stream_end = datasets + rows[stream + 1];
     while (dataset < stream_end && dataset->end <= window_start) ++dataset;
     for (int64_t filled = 0; filled <= length; ++dataset) {
-      if (dataset == stream_end) return -1;
+      if (dataset == stream_end) return 0;
       const int64_t first = window_start + filled - (dataset->end - dataset->num_tokens);
       const int64_t count = std::min(dataset->num_tokens - first, length + 1 - filled);
       if (count > 0) {
         const auto read = dataset->token_bytes == 2 ? copy<uint16_t> : copy<int32_t>;
-        if (!dataset->token_bytes || !read(*dataset, first, count, filled, length, tokens, labels)) return -1;
+        if (!dataset->token_bytes || !read(*dataset, first, count, filled, length, tokens, labels)) return 0;
         // The document at the head of a further dataset starts inside the window, one at the window's start does not.
         int64_t document = document_after(*dataset, filled ? first - 1 : first);
         for (; document < dataset->num_documents; ++document) {
@@ -107,7 +110,10 @@ extern "C" int64_t pack(const Dataset* datasets, const int64_t* rows, const Wind
       filled += count;
     }
     count_to(length);
+    if (origin + length == num_tokens) {
+      boundaries[num_boundaries++] = num_tokens;
+      *ends++ = num_boundaries;
+    }
   }
-  boundaries[num_boundaries++] = num_tokens;
-  return num_boundaries;
+  return 1;
 }

@@ -17,6 +17,9 @@ from pangu_kernels.compiled import function
 from pangu.data.batch import IGNORED_LABEL, Batch
 from pangu.data.stream import StreamWindows
 
+_BATCHES_PER_CALL = 4
+"""That share one allocation: of a micro-batch of one sequence, making the tensors takes longer than filling them."""
+
 
 class Window(Protocol):
     """A stretch of a token stream."""
@@ -35,19 +38,25 @@ def pack_all(
     reset_positions: bool,
     pad_id: int | None = None,
 ) -> Iterator[Batch]:
-    """`pack` of `micro_batch_size` windows after the other; in C++ if they are `StreamWindows` and not padded."""
+    """`pack` of `micro_batch_size` windows after the other.
+
+    In C++ where windows are `StreamWindows` that fill every micro-batch and are not padded, and there is a compiler.
+    """
     compiled = None
-    if pad_id is None and isinstance(windows, StreamWindows):
+    if isinstance(windows, StreamWindows) and len(windows) % micro_batch_size == 0 and pad_id is None:
         compiled = _compiled(windows, micro_batch_size, sequence_length, reset_at_documents, reset_positions)
-    for first in range(0, len(windows), micro_batch_size):
-        end = min(first + micro_batch_size, len(windows))
-        batch = compiled(first, end) if compiled else None
-        yield batch or pack(
-            windows[first:end],
-            sequence_length,
-            reset_at_documents=reset_at_documents,
-            reset_positions=reset_positions,
-            pad_id=pad_id,
+    for first in range(0, len(windows), _BATCHES_PER_CALL * micro_batch_size):
+        end = min(first + _BATCHES_PER_CALL * micro_batch_size, len(windows))
+        batches = compiled(first, end) if compiled else None
+        yield from batches or (
+            pack(
+                windows[start : min(start + micro_batch_size, end)],
+                sequence_length,
+                reset_at_documents=reset_at_documents,
+                reset_positions=reset_positions,
+                pad_id=pad_id,
+            )
+            for start in range(first, end, micro_batch_size)
         )
 
 
@@ -98,7 +107,7 @@ def pack(
 
 def pack_function() -> Callable[..., int] | None:
     """`pack` of packing.cpp; None without a compiler."""
-    return function("pack", "pppiiiiipp:i", Path(__file__).with_suffix(".cpp"))
+    return function("pack", "pppiiiiiippp:i", Path(__file__).with_suffix(".cpp"))
 
 
 def _compiled(
@@ -107,35 +116,41 @@ def _compiled(
     sequence_length: int,
     reset_at_documents: bool,
     reset_positions: bool,
-) -> Callable[[int, int], Batch | None] | None:
-    """`pack` of windows[first:end]; None without a compiler, or for windows that only the reference reads."""
+) -> Callable[[int, int], list[Batch] | None] | None:
+    """The batches of windows[first:end], at most _BATCHES_PER_CALL; None for windows that only the reference reads."""
     run = pack_function()
     if run is None:
         return None
     table, places = windows.table, windows.places
-    boundaries = np.empty(micro_batch_size * sequence_length + 1, np.int32)
-    # Taken once: asking numpy for an address takes as long as the call.
+    num_tokens = micro_batch_size * sequence_length
+    boundaries = np.empty(_BATCHES_PER_CALL * (num_tokens + 1), np.int32)
+    ends = np.empty(_BATCHES_PER_CALL, np.int64)
+    # Taken once: asking numpy for an address takes as long as a call.
     inputs = table.datasets.ctypes.data, table.rows.ctypes.data
-    first_place, boundaries_address = places.ctypes.data, boundaries.ctypes.data
+    first_place, *outputs = (array.ctypes.data for array in (places, boundaries, ends))
 
-    def pack_range(first: int, end: int) -> Batch | None:
-        count = end - first
-        arrays = np.empty((3, count * sequence_length), np.int64)
-        tokens, labels, positions = map(torch.from_numpy, arrays)
-        num_boundaries = run(
+    def pack_range(first: int, end: int) -> list[Batch] | None:
+        count = (end - first) // micro_batch_size
+        memory = torch.from_numpy(np.empty((3 * count, num_tokens), np.int64))
+        if not run(
             *inputs,
             first_place + first * places.strides[0],
-            count,
+            end - first,
+            micro_batch_size,
             sequence_length,
             reset_at_documents,
             reset_positions,
             IGNORED_LABEL,
-            tokens.data_ptr(),
-            boundaries_address,
-        )
-        if num_boundaries < 0:
+            memory.data_ptr(),
+            *outputs,
+        ):
             return None
-        return Batch(tokens, labels, positions, torch.from_numpy(boundaries[:num_boundaries].copy()))
+        rows = iter(memory.unbind())
+        stretches = pairwise([0, *ends[:count].tolist()])
+        return [
+            Batch(next(rows), next(rows), next(rows), torch.from_numpy(boundaries[start:stop].copy()))
+            for start, stop in stretches
+        ]
 
     return pack_range
 

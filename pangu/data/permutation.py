@@ -4,6 +4,8 @@ import numpy as np
 import numpy.typing as npt
 
 _ROUNDS = 3
+_32, _33 = np.uint64(32), np.uint64(33)
+_FIRST_FACTOR, _SECOND_FACTOR = np.uint64(0xFF51AFD7ED558CCD), np.uint64(0xC4CEB9FE1A85EC53)
 
 
 def permute(
@@ -18,31 +20,32 @@ def permute(
     limit = size.astype(np.uint64)
     rows = np.ceil(np.sqrt(limit.astype(np.float64))).astype(np.uint64)
     columns = -(-size // rows.astype(np.int64)).astype(np.uint64)
+    keys = mix(key + np.arange(2 * _ROUNDS, dtype=np.uint64)[:, None])
     result = index.astype(np.uint64)
     walking = np.arange(len(index))
     while len(walking):
-        result[walking] = _feistel(result[walking], rows[walking], columns[walking], key[walking])
+        result[walking] = _feistel(result[walking], rows[walking], columns[walking], keys[:, walking])
         walking = walking[result[walking] >= limit[walking]]
     return result.astype(np.int64)
 
 
 def mix(value: npt.NDArray[np.uint64]) -> npt.NDArray[np.uint64]:
     """Scramble 64 bits: the finalizer of MurmurHash3."""
-    value = (value ^ (value >> np.uint64(33))) * np.uint64(0xFF51AFD7ED558CCD)
-    value = (value ^ (value >> np.uint64(33))) * np.uint64(0xC4CEB9FE1A85EC53)
-    return value ^ (value >> np.uint64(33))
+    value = (value ^ (value >> _33)) * _FIRST_FACTOR
+    value = (value ^ (value >> _33)) * _SECOND_FACTOR
+    return value ^ (value >> _33)
 
 
 def _feistel(
     value: npt.NDArray[np.uint64],
     rows: npt.NDArray[np.uint64],
     columns: npt.NDArray[np.uint64],
-    key: npt.NDArray[np.uint64],
+    keys: npt.NDArray[np.uint64],
 ) -> npt.NDArray[np.uint64]:
-    """A bijection of [0, rows * columns)."""
+    """A bijection of [0, rows * columns); keys [2 * _ROUNDS, n]."""
     row, column = np.divmod(value, columns)
-    for round_number in range(_ROUNDS):
+    for row_key, column_key in zip(keys[::2], keys[1::2], strict=True):
         # The upper half of the hash leaves room for the sum: a wrap-around would make it no bijection.
-        row = (row + (mix(column + mix(key + np.uint64(2 * round_number))) >> np.uint64(32))) % rows
-        column = (column + (mix(row + mix(key + np.uint64(2 * round_number + 1))) >> np.uint64(32))) % columns
+        row = (row + (mix(column + row_key) >> _32)) % rows
+        column = (column + (mix(row + column_key) >> _32)) % columns
     return row * columns + column

@@ -49,16 +49,18 @@ def cases(draw: st.DrawFn) -> Case:
     long_or_short = st.one_of(st.integers(0, 5), st.integers(0, 60))
     one_each = st.lists(st.lists(long_or_short, min_size=1, max_size=1), min_size=1, max_size=6)
     several = st.lists(st.lists(long_or_short, max_size=3), min_size=1, max_size=6)
-    dataset = st.tuples(st.one_of(one_each, several), st.sampled_from(["<u2", "<i4"]))
+    documents = st.one_of(one_each, several).filter(lambda documents: sum(map(sum, documents)) > 0)
+    dataset = st.tuples(documents, st.sampled_from(["<u2", "<i4"]))
     streams = draw(st.lists(st.lists(dataset, min_size=1, max_size=3), min_size=1, max_size=3))
     sizes = [sum(sum(map(sum, documents)) for documents, _ in stream) for stream in streams]
     length = draw(st.integers(1, max(1, min(40, max(sizes) - 1))))
     fitting = [index for index, size in enumerate(sizes) if size > length]
-    places = []
-    for _ in range(draw(st.integers(1, 7)) if fitting else 0):
+    places: list[tuple[int, int]] = []
+    micro_batch_size = draw(st.integers(1, 4))
+    for _ in range(draw(st.integers(1, 20)) * micro_batch_size if fitting else 0):
         stream = draw(st.sampled_from(fitting))
         places.append((stream, draw(st.integers(0, sizes[stream] - length - 1))))
-    return Case(streams, places, length, draw(st.integers(1, 4)))
+    return Case(streams, places, length, micro_batch_size)
 
 
 def batches(windows: object, case: Case, flags: dict[str, bool]) -> list[Batch]:
@@ -121,6 +123,14 @@ def test_token_ids_are_checked(tmp_path: Path, dtype: str) -> None:
     batches(stream_of(tmp_path, dtype, 100, 137), case, FLAGS)
     with pytest.raises(DataError, match=r"token id 136, but model\.vocab_size is 136"):
         batches(stream_of(tmp_path, dtype, 100, 136), case, FLAGS)
+
+
+def test_a_micro_batch_that_is_not_filled(tmp_path: Path) -> None:
+    windows = stream_of(tmp_path, "<u2", 0, 100)
+    windows = StreamWindows(windows.table, windows.places[[0, 1, 0]])
+    case = Case([], [], sequence_length=16, micro_batch_size=2)
+    assert_same(batches(windows, case, FLAGS), batches(list(windows), case, FLAGS))
+    assert [len(batch.tokens) for batch in batches(windows, case, FLAGS)] == [32, 16]
 
 
 def test_windows_beyond_the_stream_are_not_read(tmp_path: Path) -> None:
