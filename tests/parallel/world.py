@@ -1,5 +1,6 @@
 """A world of processes that tests share: starting one takes seconds, a check in it takes milliseconds."""
 
+import gc
 import os
 import tempfile
 import traceback
@@ -19,8 +20,9 @@ from pangu.device.cann_emulator import install
 class World:
     """`size` processes, started when first needed, each with torch.distributed initialized while it runs a function.
 
-    A function that fails on one rank leaves the others waiting in collectives; they are freed by the end of the failed
-    rank's connections, and all ranks begin the next function with fresh process groups.
+    Every function begins with fresh process groups: each group of gloo has threads that never rest, and a hundred tests
+    with ten groups each would leave the processor with nothing else to do. A function that fails on one rank leaves the
+    others waiting in collectives; they are freed by the end of the failed rank's connections.
     """
 
     def __init__(self, size: int, device: str = "cpu", timeout: float = 120.0) -> None:
@@ -42,12 +44,12 @@ class World:
         AssertionError with the traceback of each rank on which the function failed or that died or hung.
         """
         self._start()
+        self._generation += 1
         for _, pipe in self._ranks:
             pipe.send((self._generation, function, args))
         answers = [self._answer(rank) for rank in range(self.size)]
         failures = [f"rank {rank}:\n{text}" for rank, (succeeded, text) in enumerate(answers) if not succeeded]
         if failures:
-            self._generation += 1
             if any(process.exitcode is not None for process, _ in self._ranks):
                 self.close()
             raise AssertionError("\n".join(failures))
@@ -64,7 +66,6 @@ class World:
             process.join()
             pipe.close()
         self._ranks.clear()
-        self._generation += 1
 
     def _start(self) -> None:
         if self._ranks:
@@ -99,16 +100,11 @@ def _serve(rank: int, size: int, device: str, timeout: float, store: str, pipe: 
         install(asynchronous=True)
         torch.get_device_module("npu").set_device(rank)
         backend = "cpu:gloo,npu:hccl"
-    current = None
     while (task := pipe.recv()) is not None:
         generation, function, args = task
-        if generation != current:
-            _destroy_groups()
-            prefixed = dist.PrefixStore(str(generation), dist.FileStore(store, size))
-            dist.init_process_group(
-                backend, store=prefixed, rank=rank, world_size=size, timeout=timedelta(seconds=timeout)
-            )
-            current = generation
+        _destroy_groups()
+        prefixed = dist.PrefixStore(str(generation), dist.FileStore(store, size))
+        dist.init_process_group(backend, store=prefixed, rank=rank, world_size=size, timeout=timedelta(seconds=timeout))
         torch.manual_seed(0)
         try:
             pipe.send((True, function(*args)))
@@ -122,3 +118,4 @@ def _serve(rank: int, size: int, device: str, timeout: float, store: str, pipe: 
 def _destroy_groups() -> None:
     if dist.is_initialized():
         dist.destroy_process_group()
+    gc.collect()  # meshes and modules hold groups, in cycles
