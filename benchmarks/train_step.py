@@ -68,13 +68,13 @@ def pangu_step(case: Case) -> tuple[Callable[[], float], int]:
     optimizer = AdamW(model.named_parameters(), OptimizerConfig())
     tokens, labels = case.batch()
     positions, cu_seqlens = torch.arange(case.tokens), torch.tensor([0, case.tokens], dtype=torch.int32)
+    loss_weights = torch.full((case.tokens,), 1 / case.tokens)
     updates = 0
 
     def step() -> float:
         nonlocal updates
         updates += 1
-        loss_sum, _ = model.loss(tokens, labels, positions, cu_seqlens)
-        loss = loss_sum / case.tokens
+        loss, _ = model.loss(tokens, labels, positions, cu_seqlens, loss_weights)
         loss.backward()
         norm = squared_norm(optimizer.parameters, {}).sqrt()
         optimizer.step(updates, LEARNING_RATE, clip_scale(norm, 1.0))

@@ -29,6 +29,13 @@ class Batch:
             loss_weights=None if weights is None else weights.to(device, non_blocking=non_blocking),
         )
 
+    def scaled(self, factor: float) -> "Batch":
+        """With every token's loss multiplied by `factor`, on top of what `loss_weights` say."""
+        weights = self.loss_weights
+        if weights is None:
+            weights = torch.ones(self.labels.shape, device=self.labels.device)
+        return replace(self, loss_weights=weights * factor)
+
     def num_labels(self) -> int:
         """Positions that have a label, the denominator of the mean loss."""
         return int((self.labels != IGNORED_LABEL).sum())

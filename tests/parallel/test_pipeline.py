@@ -122,20 +122,20 @@ def make_pipeline(config: Config, whole: Transformer) -> tuple[Pipeline, TiedEmb
     return Pipeline(parts, mesh, config), TiedEmbedding(parts, mesh)
 
 
-def one_device(model: Transformer, batches: Sequence[Batch], scale: float) -> torch.Tensor:
+def one_device(model: Transformer, batches: Sequence[Batch]) -> torch.Tensor:
     total = torch.zeros(())
     for batch in batches:
         loss_sum, _ = model.loss(batch.tokens, batch.labels, batch.position_ids, batch.cu_seqlens, batch.loss_weights)
-        (scale * loss_sum).backward()
-        total += scale * loss_sum.detach()
+        loss_sum.backward()
+        total += loss_sum.detach()
     return total
 
 
 def check_step(pipeline: Pipeline, tied: TiedEmbedding, whole: Transformer, batches: Sequence[Batch]) -> None:
     """One step's loss and gradients; those of the parts accumulate on what is there, as those of the whole do."""
-    scale = 1 / 700
-    expected = one_device(whole, batches, scale)
-    loss = pipeline.forward_backward(batches, scale)
+    batches = [batch.scaled(1 / 700) for batch in batches]
+    expected = one_device(whole, batches)
+    loss = pipeline.forward_backward(batches)
     tied.sum_gradients()
     tolerance = {"rtol": 1e-5, "atol": 1e-7} if whole.compute_dtype == torch.float32 else {"rtol": 0.05, "atol": 2e-4}
     torch.testing.assert_close(loss, expected, **tolerance)
@@ -235,7 +235,7 @@ def test_evaluation_and_generation(worlds: Worlds, schedule: str, tied: bool) ->
 
 def tied_copies_after_an_update(config: Config) -> list[torch.Tensor]:
     pipeline, tied = make_pipeline(config, whole_model(config))
-    pipeline.forward_backward(make_batches(8), 1.0)
+    pipeline.forward_backward(make_batches(8))
     tied.sum_gradients()
     parameters: dict[str, torch.nn.Parameter] = {}
     for part in pipeline.parts.values():
@@ -259,7 +259,7 @@ def test_tied_copies_stay_equal(worlds: Worlds, schedule: str) -> None:
 
 def receive_buffers(config: Config) -> int:
     pipeline, _ = make_pipeline(config, whole_model(config))
-    pipeline.forward_backward(make_batches(8), 1.0)
+    pipeline.forward_backward(make_batches(8))
     ((_, stages),) = pipeline._plans.values()
     received = [infos for stage in stages for infos in (stage.args_recv_info, stage.grad_recv_info)]
     buffers = [item.buffer for infos in received for micro_batch in infos.values() for item in micro_batch]
@@ -329,10 +329,10 @@ def fully_sharded(config: Config, dtype: torch.dtype) -> tuple[float, float]:
     whole = whole_model(config, dtype)
     pipeline, _ = make_pipeline(config, whole)
     tolerance = {"rtol": 1e-5, "atol": 1e-7} if dtype == torch.float32 else {"rtol": 0.05, "atol": 1e-3}
-    batches = make_batches(2 * 8)
-    expected = one_device(whole, batches, 1 / 700)
+    batches = [batch.scaled(1 / 700) for batch in make_batches(2 * 8)]
+    expected = one_device(whole, batches)
     with Collectives() as watch:
-        loss = pipeline.forward_backward(batches[dist.get_rank() % 2 :: 2], 1 / 700)
+        loss = pipeline.forward_backward(batches[dist.get_rank() % 2 :: 2])
     dist.all_reduce(loss)
     torch.testing.assert_close(loss / config.parallel.pp, expected, **tolerance)
     wanted = dict(whole.named_parameters())
