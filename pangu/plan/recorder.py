@@ -13,6 +13,7 @@ from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import torch
@@ -114,7 +115,8 @@ class Recorder(TorchDispatchMode):
 
     def __init__(self, dimensions: dict[str, str], on_npu: bool = False) -> None:
         super().__init__()
-        self._softmax = npu.softmax_cross_entropy_ if on_npu else linear_cross_entropy.softmax_cross_entropy_
+        softmax = npu.softmax_cross_entropy_ if on_npu else linear_cross_entropy.softmax_cross_entropy_
+        self._linear_cross_entropy = partial(linear_cross_entropy.forward, loss_and_gradient_=softmax)
         self.dimensions = dimensions
         self.counts = Counts()
         self.live = 0
@@ -177,7 +179,7 @@ class Recorder(TorchDispatchMode):
             return 1.0 if args[0].is_floating_point() else 1
         if func is torch.ops.pangu.linear_cross_entropy.default:
             with self:
-                return linear_cross_entropy.forward(*args, **kwargs, loss_and_gradient_=self._softmax)
+                return self._linear_cross_entropy(*args, **kwargs)
         result = func(*args, **kwargs)
         if not func.is_view and func.namespace not in _NOTHING:
             self.counts.operators[func.name()] += 1

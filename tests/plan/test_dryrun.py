@@ -256,6 +256,18 @@ def test_the_peak_is_told_by_kind_module_and_moment() -> None:
     assert peak.by_kind["optimizer state"] == 8 * values
 
 
+def test_an_npu_holds_more() -> None:
+    """Its mask of attention, and two more tensors as large as a chunk of logits."""
+    on_cpu, on_npu = (run(1, 0, "--train.device", device) for device in ("cpu", "npu"))
+    assert on_npu.peak.by_kind["constants"] == 2048 * 2048
+    assert on_npu.between_steps == on_cpu.between_steps + 2048 * 2048
+    assert on_npu.counts.flops == on_cpu.counts.flops
+    logits = 4 * 2 * 128 * 512
+    assert on_npu.peak.total - on_npu.peak.by_kind["constants"] - on_cpu.peak.total == pytest.approx(
+        2 * logits, rel=0.02
+    )
+
+
 def test_what_the_run_would_raise_is_raised(monkeypatch: pytest.MonkeyPatch) -> None:
     def broken(self: Block, h: torch.Tensor, *rest: object) -> torch.Tensor:
         return h @ h
