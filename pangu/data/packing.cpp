@@ -65,10 +65,10 @@ bool copy(const Dataset& dataset, int64_t first, int64_t count, int64_t offset, 
 
 }  // namespace
 
-// What `packing.pack` computes of `micro_batch_size` windows at a time. `batches` [number, 3, tokens] are tokens, labels,
-// positions; `boundaries` follow one another, those of a batch up to its entry in `ends`. `rows` [streams + 1] are the
-// first datasets of each stream. Returns 0 where a dataset is of another type, has a token id that is too large, or ends
-// inside a window: the reference says which.
+// What `packing.pack` computes of `micro_batch_size` windows at a time. `batches` [number, 3, tokens] are tokens,
+// labels and positions; `boundaries` follow one another, those of a batch up to its entry in `ends`. `rows`
+// [streams + 1] are the first datasets of each stream. Returns 0 where a dataset is of another type, has a token id
+// that is too large, or ends inside a window: the reference says which.
 extern "C" int64_t pack(const Dataset* datasets, const int64_t* rows, const Window* windows, int64_t num_windows,
                         int64_t micro_batch_size, int64_t length, int64_t reset_at_documents, int64_t reset_positions,
                         int64_t ignored_label, int64_t* batches, int32_t* boundaries, int64_t* ends) {
