@@ -1,7 +1,7 @@
 """Windows of the token stream laid end to end as one `Batch`.
 
-`pack` is the reference. packing.cpp does the same in one pass over the memory-mapped files, several times as fast: numpy
-takes several passes, and Python a microsecond for every document.
+`pack` is the reference. packing.cpp does the same in one pass over the memory-mapped files, several times as fast:
+numpy takes several passes, and Python a microsecond for every document.
 """
 
 from collections.abc import Callable, Iterator, Sequence
