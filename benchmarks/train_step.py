@@ -168,36 +168,27 @@ def _torch_step(
 
 
 def matmuls(case: Case) -> Callable[[], float]:
-    """The products of one step: forward, gradient of the input and of the weight, and attention's."""
+    """The products of one step: forward, gradient of the input and of the weight, and attention's.
+
+    Every layer has weights of its own, as in the step: one layer's again and again would come from the cache.
+    """
     hidden, heads, tokens = case.hidden_size, case.num_attention_heads, case.tokens
-    square = [(hidden, hidden)] * 4
-    layer = [
-        *square,
-        (hidden, case.intermediate_size),
-        (hidden, case.intermediate_size),
-        (case.intermediate_size, hidden),
-    ]
-    operands = {
-        (inputs, outputs): (torch.randn(tokens, inputs), torch.randn(outputs, inputs), torch.randn(tokens, outputs))
-        for inputs, outputs in {*layer, (hidden, case.vocab_size)}
-    }
+    layer = [(hidden, hidden)] * 4 + [(hidden, case.intermediate_size)] * 2 + [(case.intermediate_size, hidden)]
+    weights = [torch.randn(outputs, inputs) for inputs, outputs in layer * case.num_layers]
+    weights.append(torch.randn(case.vocab_size, hidden))
+    activations = {size: torch.randn(tokens, size) for size in {hidden, case.intermediate_size, case.vocab_size}}
     scores = torch.randn(heads, tokens, tokens)
     head = torch.randn(heads, tokens, hidden // heads)
 
-    def product(shape: tuple[int, int]) -> None:
-        x, weight, gradient = operands[shape]
-        torch.mm(x, weight.T)
-        torch.mm(gradient, weight)
-        torch.mm(gradient.T, x)
-
     def run() -> float:
-        for _ in range(case.num_layers):
-            for shape in layer:
-                product(shape)
-            # Two products forward and four backward, half of each under a causal mask.
-            for _ in range(3):
-                torch.bmm(scores, head)
-        product((hidden, case.vocab_size))
+        for weight in weights:
+            gradient, x = (activations[size] for size in weight.shape)
+            torch.mm(x, weight.T)
+            torch.mm(gradient, weight)
+            torch.mm(gradient.T, x)
+        # Two products forward and four backward, half of each under a causal mask.
+        for _ in range(3 * case.num_layers):
+            torch.bmm(scores, head)
         return 0.0
 
     return run

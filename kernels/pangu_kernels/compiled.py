@@ -30,7 +30,7 @@ from torch import Tensor
 _FOLDER = Path(__file__).parent
 # The last two are what vectorization needs of -ffast-math, which would flush denormal numbers in PyTorch's threads too.
 _FLAGS = ["-O3", "-march=native", "-std=c++17", "-shared", "-fPIC", "-fopenmp", "-fno-math-errno", "-fno-trapping-math"]
-_TYPES = {"p": ctypes.c_void_p, "i": ctypes.c_int64, "f": ctypes.c_float}
+_TYPES = {"p": ctypes.c_void_p, "i": ctypes.c_int64, "f": ctypes.c_float, "d": ctypes.c_double}
 BLOCKS = 32
 """Parts in which gradients of gains are summed: a fixed number, so that results do not depend on that of threads."""
 _SERIAL_ELEMENTS = 32_768
@@ -39,7 +39,7 @@ _SERIAL_ELEMENTS = 32_768
 def kernel(name: str, signature: str, *tensors: Tensor | None) -> Callable[..., None] | None:
     """The C function `name` if it can compute on `tensors`, all contiguous fp32 with something in them; else None.
 
-    `signature` has a letter per argument: p for an address, i for an integer, f for a float.
+    `signature` has a letter per argument: p for an address, i for an integer, f for a float, d for a double.
     """
     for tensor in tensors:
         if tensor is not None and not (tensor.dtype is torch.float32 and tensor.is_contiguous() and tensor.numel()):

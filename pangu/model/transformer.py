@@ -13,7 +13,7 @@ embedding on.
 from typing import overload
 
 import torch
-from pangu_kernels import linear_cross_entropy
+from pangu_kernels import embedding, linear_cross_entropy
 from pangu_kernels.rope import table_dtype
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -42,7 +42,7 @@ class Embedding(nn.Module):
 
 def look_up(tokens: Tensor, weight: Tensor, dtype: torch.dtype) -> Tensor:
     """Rows `[T, H]` of a table `[V, H]`."""
-    return F.embedding(tokens, weight).to(dtype)
+    return embedding(tokens, weight).to(dtype)
 
 
 def project_to_vocabulary(hidden: Tensor, weight: Tensor) -> Tensor:

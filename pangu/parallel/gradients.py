@@ -3,6 +3,7 @@
 import math
 from collections.abc import Mapping, Sequence
 
+import pangu_kernels as kernels
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
@@ -47,7 +48,7 @@ def squared_norm(parameters: Mapping[str, nn.Parameter], extra_copies: Mapping[s
         if parameter.grad is not None and local(parameter.grad).numel():
             weights.setdefault(copies(parameter) * extra_copies.get(name, 1), []).append(local(parameter.grad))
     for count, gradients in sorted(weights.items()):
-        part = torch.nn.utils.get_total_norm(gradients).float().square() / count
+        part = kernels.squared_norm(gradients) / count
         total = part if total is None else total + part
     if total is None:
         device = next(iter(parameters.values())).device if parameters else "cpu"

@@ -84,6 +84,13 @@ def cases() -> Iterator[Case]:
                 head_dim=24 if name.endswith("uneven_heads") else 16,
             ),
         )
+    for num_tokens, num_rows in ((1, 1), (129, 7)):
+        yield Case(
+            _name("embedding", num_tokens, num_rows),
+            pangu_kernels.embedding,
+            lambda tokens, weight: weight[tokens],
+            partial(_embedding_inputs, shape=(num_tokens, num_rows)),
+        )
     for num_tokens, vocab_size, chunk_size, weighted in ((1, 1, 0, False), (7, 129, 3, True), (129, 127, 64, False)):
         yield Case(
             _name("linear_cross_entropy", num_tokens, vocab_size, chunk_size),
@@ -207,6 +214,11 @@ def _attention_inputs(make: Maker, heads: tuple[int, int], lengths: tuple[int, i
         make.normal(lengths[1], heads[1], head_dim),
         make.normal(lengths[1], heads[1], head_dim),
     ]
+
+
+def _embedding_inputs(make: Maker, shape: tuple[int, int]) -> list[Tensor]:
+    num_tokens, num_rows = shape
+    return [torch.arange(num_tokens, device=make.device) ** 2 % num_rows, make.normal(num_rows, 16)]
 
 
 def _linear_cross_entropy(

@@ -8,6 +8,7 @@ from operator_cases import boundaries
 from pangu_kernels import (
     adamw,
     attention,
+    embedding,
     linear_cross_entropy,
     local_filter,
     rms_norm,
@@ -37,6 +38,14 @@ def update(params: Any, grads: Any, step: int = 1, grad_scale: Any = 1.0) -> Non
 
 
 BAD = {
+    "embedding tokens": (lambda: embedding([1], X), TypeError, "embedding: tokens must be a tensor, got list"),
+    "embedding dtype": (lambda: embedding(DOCUMENTS, X), TypeError, r"tokens must be int64, got int32 \[3\]"),
+    "embedding rank": (
+        lambda: embedding(LABELS[:, None], X),
+        ValueError,
+        r"tokens must be \[T\] on cpu, got int64 \[4, 1\]",
+    ),
+    "embedding table": (lambda: embedding(LABELS, GAIN), ValueError, "embedding: weight must have 2 dimensions"),
     "rms_norm not a tensor": (lambda: rms_norm([1.0], GAIN, 1e-5), TypeError, "rms_norm: x must be a tensor, got list"),
     "rms_norm integers": (lambda: rms_norm(LABELS, GAIN, 1e-5), TypeError, r"rms_norm: x must be fp32.*int64 \[4\]"),
     "rms_norm gain": (lambda: rms_norm(X, GAIN[:5], 1e-5), ValueError, r"weight must have shape \[6\].*float32 \[5\]"),

@@ -48,15 +48,26 @@ void multiply_block(Matrix a, Rows b, Rows c, int64_t depth, bool accumulate) {
     for (int half = 0; half < 2; ++half) *(Vector*)(c[r] + half * WIDTH) = sums[r][half];
 }
 
-// c [rows, columns] = or += a [rows, depth] b [depth, columns], columns a multiple of 2 * WIDTH.
-void multiply(Matrix a, Rows b, Rows c, int64_t rows, int64_t columns, int64_t depth, bool accumulate) {
+// What of a product the causal mask leaves for six rows: of the depth what is not zero, of the columns what is wanted.
+struct Part {
+  int64_t first_column, first, end;
+};
+
+// c [rows, columns] = or += a [rows, depth] b [depth, columns], columns a multiple of 2 * WIDTH; part(row) is the Part
+// for the six rows from `row` on.
+template <typename Select>
+void multiply(Matrix a, Rows b, Rows c, int64_t rows, int64_t columns, bool accumulate, const Select& part) {
   constexpr auto block = multiply_block<6>;
   constexpr decltype(block) rest[] = {nullptr,           multiply_block<1>, multiply_block<2>,
                                       multiply_block<3>, multiply_block<4>, multiply_block<5>};
   for (int64_t column = 0; column < columns; column += 2 * WIDTH)
-    for (int64_t r = 0; r < rows; r += 6)
-      (rows - r < 6 ? rest[rows - r] : block)({a.data + r * a.row, a.row, a.column}, {b.data + column, b.stride},
-                                              {c[r] + column, c.stride}, depth, accumulate);
+    for (int64_t r = 0; r < rows; r += 6) {
+      const Part p = part(r);
+      if (column + 2 * WIDTH > p.first_column)
+        (rows - r < 6 ? rest[rows - r] : block)({a.data + r * a.row + p.first * a.column, a.row, a.column},
+                                                {b[p.first] + column, b.stride}, {c[r] + column, c.stride},
+                                                p.end - p.first, accumulate);
+    }
 }
 
 // Rows end to end, and transposed with zeros up to TILE columns.
@@ -116,6 +127,10 @@ void for_documents(const int32_t* cu_seqlens_q, const int32_t* cu_seqlens_k, int
 
 int64_t first_visible(int64_t hidden, int64_t key, int64_t columns) {
   return std::clamp<int64_t>(hidden + key, 0, columns);
+}
+
+int64_t visible_keys(int64_t hidden, int64_t query, int64_t keys) {
+  return std::clamp<int64_t>(query + 1 - hidden, 0, keys);
 }
 
 // One more tile of scores [keys, TILE] becomes exp(scale * score - maximum), after which what was summed up before has
@@ -190,11 +205,13 @@ extern "C" void attention(float* q, float* k, float* v, const int32_t* cu_seqlen
         std::fill_n(sums, TILE * size, 0.0f);
         copy_tile({q + token * q_stride + head * size, q_stride}, count, size, rows, columns);
         document.for_keys(query, count, [&](int64_t key, int64_t length, int64_t hidden) {
-          multiply({keys + key * size, size, 1}, {columns, TILE}, {scores, TILE}, length, width, size, false);
+          multiply({keys + key * size, size, 1}, {columns, TILE}, {scores, TILE}, length, width, false,
+                   [=](int64_t k) { return Part{first_visible(hidden, k, count), 0, size}; });
           add_to_softmax(scores, length, count, hidden, scale, maximum, total, rescale);
           for (int64_t t = 0; t < count; ++t)
             for (int64_t i = 0; i < size; ++i) sums[t * size + i] *= rescale[t];
-          multiply({scores, 1, TILE}, {values + key * size, size}, {sums, size}, count, size, length, true);
+          multiply({scores, 1, TILE}, {values + key * size, size}, {sums, size}, count, size, true,
+                   [=](int64_t t) { return Part{0, 0, visible_keys(hidden, t + 5, length)}; });
         });
         for (int64_t t = 0; t < count; ++t) {
           const int64_t at = (token + t) * heads + head;
@@ -237,12 +254,15 @@ extern "C" void attention_backward(float* d_out, float* q, float* k, float* v, c
         std::fill_n(d_queries, tile, 0.0f);
         document.for_keys(query, count, [&](int64_t key, int64_t length, int64_t hidden) {
           const int64_t at = key * size;
-          multiply({keys + at, size, 1}, {q_columns, TILE}, {scores, TILE}, length, width, size, false);
-          multiply({values + at, size, 1}, {d_out_columns, TILE}, {d_scores, TILE}, length, width, size, false);
+          const auto seen = [=](int64_t k) { return Part{first_visible(hidden, k, count), 0, size}; };
+          multiply({keys + at, size, 1}, {q_columns, TILE}, {scores, TILE}, length, width, false, seen);
+          multiply({values + at, size, 1}, {d_out_columns, TILE}, {d_scores, TILE}, length, width, false, seen);
           softmax_backward(scores, d_scores, length, count, hidden, scale, maximum, projection);
-          multiply({scores, TILE, 1}, {d_out_rows, size}, {d_values + at, size}, length, size, count, true);
-          multiply({d_scores, TILE, 1}, {q_rows, size}, {d_keys + at, size}, length, size, count, true);
-          multiply({d_scores, 1, TILE}, {keys + at, size}, {d_queries, size}, count, size, length, true);
+          const auto from_queries = [=](int64_t k) { return Part{0, first_visible(hidden, k, count), count}; };
+          multiply({scores, TILE, 1}, {d_out_rows, size}, {d_values + at, size}, length, size, true, from_queries);
+          multiply({d_scores, TILE, 1}, {q_rows, size}, {d_keys + at, size}, length, size, true, from_queries);
+          multiply({d_scores, 1, TILE}, {keys + at, size}, {d_queries, size}, count, size, true,
+                   [=](int64_t t) { return Part{0, 0, visible_keys(hidden, t + 5, length)}; });
         });
         for (int64_t t = 0; t < count; ++t) std::copy_n(d_queries + t * size, size, d_q + (first + t * heads) * size);
       });
