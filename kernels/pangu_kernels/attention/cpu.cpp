@@ -10,7 +10,8 @@
 namespace {
 
 typedef float Vector __attribute__((vector_size(32), aligned(4), may_alias));
-constexpr int64_t WIDTH = sizeof(Vector) / sizeof(float), TILE = 64;
+constexpr int64_t WIDTH = sizeof(Vector) / sizeof(float);
+constexpr int64_t TILE = 96;  // a multiple of the six rows and two vectors of a block
 
 // Rows of a head: row t starts at data + t * stride.
 struct Rows {

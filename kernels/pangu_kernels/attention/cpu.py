@@ -1,6 +1,6 @@
 """Attention on the CPU: one compiled call for fp32; for the rest, a call of PyTorch's flash kernel per document length.
 
-The compiled kernel skips what the causal mask hides in tiles of 64 tokens, PyTorch's in steps of 512.
+The compiled kernel skips what the causal mask hides in tiles of 96 tokens, PyTorch's in steps of 512.
 """
 
 from collections.abc import Callable
