@@ -174,6 +174,21 @@ def attention(shape: Shape, dtype: torch.dtype, device: torch.device) -> Case:
     return Case(runs, *_attention_work(shape, dtype.itemsize))
 
 
+def embedding(shape: Shape, dtype: torch.dtype, device: torch.device) -> Case:
+    """A table in fp32, whatever the dtype of activations, with a dense gradient."""
+    size, vocabulary = shape.model.hidden_size, shape.model.vocab_size
+    weight, d_y = _normal(torch.float32, device, (vocabulary, size), (shape.tokens, size))
+    tokens = torch.randint(vocabulary, (shape.tokens,), device=device)
+    runs = {"eager": eager(lambda weight: F.embedding(tokens, weight), (weight,))}
+    for name, module in modules("embedding", device).items():
+
+        def both(module: ModuleType = module) -> object:
+            return F.embedding(tokens, weight), module.backward(d_y, tokens, vocabulary)
+
+        runs[name] = (lambda: F.embedding(tokens, weight), both)
+    return Case(runs, *_embedding_work(shape, dtype.itemsize))
+
+
 def linear_cross_entropy(shape: Shape, dtype: torch.dtype, device: torch.device) -> Case:
     """Naive: all logits at once, in fp32 as the loss wants them."""
     size, vocabulary = shape.model.hidden_size, shape.model.vocab_size
@@ -211,6 +226,15 @@ def local_filter(shape: Shape, dtype: torch.dtype, device: torch.device) -> Case
 
         runs[name] = (lambda module=module: module.forward(*inputs, ends), both)
     return Case(runs, *_local_filter_work(shape, dtype.itemsize))
+
+
+def squared_norm(shape: Shape, dtype: torch.dtype, device: torch.device) -> Case:
+    """Of the fp32 gradient of one feed-forward matrix; it has no backward."""
+    (x,) = _normal(torch.float32, device, (shape.model.hidden_size * shape.model.intermediate_size,))
+    runs: dict[str, tuple[Run, Run]] = {"eager": (lambda: torch.linalg.vector_norm(x).square(),) * 2}
+    for name, module in modules("squared_norm", device).items():
+        runs[name] = (lambda module=module: module.squared_norm([x]),) * 2
+    return Case(runs, *_squared_norm_work(shape, dtype.itemsize))
 
 
 def adamw(shape: Shape, dtype: torch.dtype, device: torch.device) -> Case:
@@ -271,6 +295,17 @@ def _local_filter_work(shape: Shape, itemsize: int) -> tuple[Work, Work]:
     return Work(flops=product), Work(flops=3 * product)
 
 
+def _embedding_work(shape: Shape, itemsize: int) -> tuple[Work, Work]:
+    """Rows to rows; the gradient's rows to a table that is written whole."""
+    rows, table = _stream(shape), shape.model.vocab_size * shape.model.hidden_size
+    return _traffic(2 * rows, 2 * rows + table, 4)
+
+
+def _squared_norm_work(shape: Shape, itemsize: int) -> tuple[Work, Work]:
+    work = Work(bytes=4 * shape.model.hidden_size * shape.model.intermediate_size)
+    return work, work
+
+
 def _adamw_work(shape: Shape, itemsize: int) -> tuple[Work, Work]:
     """Four tensors read, three written."""
     work = Work(bytes=7 * 4 * shape.model.hidden_size * shape.model.intermediate_size)
@@ -297,6 +332,7 @@ OPERATORS = (
         lambda s, size: 6 * 4.0 * s.model.num_attention_heads * s.tokens**2,  # the reference holds all scores, in fp32
         _attention_work,
     ),
+    Operator("embedding", embedding, lambda s, size: 3 * _embedding_work(s, size)[1].bytes, _embedding_work),
     Operator(
         "linear_cross_entropy",
         linear_cross_entropy,
@@ -305,6 +341,9 @@ OPERATORS = (
     ),
     Operator(
         "local_filter", local_filter, lambda s, size: size * (8 * _weights(s) + 12 * _stream(s)), _local_filter_work
+    ),
+    Operator(
+        "squared_norm", squared_norm, lambda s, size: 2 * _squared_norm_work(s, size)[0].bytes, _squared_norm_work
     ),
     Operator("adamw", adamw, lambda s, size: 1.6 * _adamw_work(s, size)[0].bytes, _adamw_work),
 )

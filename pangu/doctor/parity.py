@@ -82,12 +82,22 @@ def cases(model: ModelConfig) -> Iterator[Case]:
     attended = ((tokens, heads, head_dim), (tokens, key_heads, head_dim), (tokens, key_heads, head_dim))
     yield Case("attention", partial(_attention, boundaries=boundaries, scale=head_dim**-0.5), attended)
     labels = torch.arange(tokens) * 7 % vocabulary
+    yield Case("embedding", _embedding, ((vocabulary, narrow),), (labels.clone(),))
     labels[1::3] = -100
     yield Case("linear_cross_entropy", _cross_entropy, ((tokens, narrow), (vocabulary, narrow)), (labels,))
     convolutions = ((narrow // 2, narrow, 2), (narrow // 2,), (narrow, narrow // 2, 2), (narrow,))
     yield Case("local_filter", partial(_local_filter, boundaries=boundaries), ((tokens, narrow), *convolutions))
     yield Case("weight_gradient", _weight_gradient, ((tokens, narrow), (tokens, narrow // 2)))
+    yield Case("squared_norm", _squared_norm, (row, gain))
     yield Case("adamw", _adamw, (row, row, row, row))
+
+
+def _embedding(weight: Tensor, tokens: Tensor) -> Tensor:
+    return pangu_kernels.embedding(tokens, weight)
+
+
+def _squared_norm(*tensors: Tensor) -> Tensor:
+    return pangu_kernels.squared_norm(tensors)
 
 
 def _error(case: Case, dtype: torch.dtype, target: torch.device) -> float:

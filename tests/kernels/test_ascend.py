@@ -184,6 +184,7 @@ REACHED = {
     ),
     "rope": (["aclnnRotaryPositionEmbeddingV2"], ["aclnnRotaryPositionEmbeddingGrad"]),
     "swiglu": (["aclnnSwiGlu"], ["aclnnSwiGluGrad"]),
+    "embedding": (["aclnnEmbedding"], ["aclnnEmbeddingDenseBackward"]),
     "attention": (
         ["aclnnFlashAttentionVarLenScoreV4", "aclnnLog", "aclnnAdd"],
         ["aclnnInplaceCopy", "aclnnInplaceFillScalar", "aclnnFlashAttentionUnpaddingScoreGradV4"],
