@@ -9,6 +9,7 @@ import torch
 import torch.distributed as dist
 from cases import BF16, ZERO3, dims, schedule
 from pangu_kernels.attention import ascend
+from pangu_kernels.embedding import cpu as embedding
 from torch.profiler import ProfilerActivity, profile
 from world import World
 
@@ -126,7 +127,8 @@ def check_npu(predictions: list[int], measurements: list[tuple[int, int]]) -> No
 
 
 @pytest.mark.parametrize("mode", ["none", "full", "selective"])
-def test_one_process(mode: str) -> None:
+def test_one_process(mode: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(embedding, "zeros", torch.zeros)  # by the allocator, whose reports are all that is measured
     config = load(*HUNDREDS_OF_MEGABYTES, "--parallel.recompute.mode", mode)
     measured = allocated(config)
     assert measured > 300e6

@@ -13,9 +13,13 @@ from pangu_kernels.embedding import reference
 
 
 def backward(d_y: Tensor, tokens: Tensor, num_rows: int) -> Tensor:
-    size = 4 * num_rows * d_y.shape[1]
+    size = num_rows * d_y.shape[1]
     if d_y.dtype is not torch.float32 or not size:
         return reference.backward(d_y, tokens, num_rows)
-    pages = mmap.mmap(-1, size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
-    d_weight = torch.frombuffer(pages, dtype=torch.float32).view(num_rows, d_y.shape[1])
-    return d_weight.index_add_(0, tokens, d_y)
+    return zeros(size).view(num_rows, -1).index_add_(0, tokens, d_y)
+
+
+def zeros(size: int) -> Tensor:
+    """fp32 `[size]`, outside of PyTorch's allocator."""
+    pages = mmap.mmap(-1, 4 * size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    return torch.frombuffer(pages, dtype=torch.float32)
