@@ -42,11 +42,12 @@ def apply_fsdp(model: Transformer, mesh: Mesh, zero_stage: Literal[1, 2, 3]) -> 
 
 
 def set_last_micro_batch(model: nn.Module, last: bool, zero_stage: Literal[1, 2, 3]) -> None:
-    """Say whether the coming backward pass is the step's last: ZeRO 1 reduces gradients only then, and 1 and 2 keep the
-    parameters gathered until then."""
+    """Say whether the coming backward pass is the step's last: ZeRO 1 reduces gradients only then, all sum them over
+    replicas only then, and 1 and 2 keep the parameters gathered until then."""
     if isinstance(model, FSDPModule):
         model.set_is_last_backward(last)
         model.set_requires_gradient_sync(last or zero_stage > 1)
+        model.set_requires_all_reduce(last)
         model.set_reshard_after_backward(last or zero_stage == 3)
 
 

@@ -94,7 +94,7 @@ def stage_passes(operators: Operators) -> list[Passes]:
         mode, count = job.recompute_of(stage)
         total = _times(modes[mode], count, modes["none"], layers - count)
         if job.gathers_every_layer or job.reduces_every_micro_batch:
-            _transfer_layers(operators, total, layers)
+            _transfer_parameters(operators, total, stage)
         if stage == 0:
             total = _plus(total, embedding(operators))
         if stage == layout.num_stages - 1:
@@ -115,23 +115,33 @@ def _plus(a: Passes, b: Passes) -> Passes:
     return Passes(a.forward + b.forward, a.backward_input + b.backward_input, a.backward_weight + b.backward_weight)
 
 
-def _transfer_layers(operators: Operators, passes: Passes, layers: int) -> None:
-    """Parameters gathered before a layer's forward and again before its backward, gradients scattered after it."""
+def _transfer_parameters(operators: Operators, passes: Passes, stage: int) -> None:
+    """Parameters gathered before a layer's forward and again before its backward, gradients scattered after it.
+
+    What lies outside of the layers is not gathered again, and under a pipeline it stays (`data_parallel`). There FSDP
+    also leaves a layer that a backward pass gathered to the next forward pass, so that only one backward pass of all
+    micro-batches adds a gather.
+    """
     job = operators.job
     size, members, flows = _fsdp_group(operators)
     if size == 1:
         return
-    parameters = layers * layer_parameters(job)
-    gather = scatter = 0.0
+    layers = job.layout.stage_layers[stage] * layer_parameters(job)
+    whole = stage_parameters(job, stage) if job.layout.pp == 1 else layers
+    gather = again = scatter = 0.0
     if job.gathers_every_layer:
-        gather = operators.gather(size, members, 2 * parameters, flows)
+        gather = operators.gather(size, members, 2 * whole, flows)
+        again = operators.gather(size, members, 2 * layers, flows)
+        if job.layout.pp > 1 and job.framework.weight_bytes == 0:
+            again /= job.num_micro_batches
     if job.reduces_every_micro_batch:
-        scatter = operators.gather(size, members, job.framework.gradient_bytes * parameters, flows)
+        scatter = operators.gather(size, members, job.framework.gradient_bytes * whole, flows)
     backward = passes.backward_input.compute + passes.backward_weight.compute
+    both = again + scatter or 1.0
     for cost, transfer, compute in (
         (passes.forward, gather, passes.forward.compute),
-        (passes.backward_input, gather, backward * gather / (gather + scatter)),
-        (passes.backward_weight, scatter, backward * scatter / (gather + scatter)),
+        (passes.backward_input, again, backward * again / both),
+        (passes.backward_weight, scatter, backward * scatter / both),
     ):
         cost.transfer("dp", transfer, operators.cluster.efficiency.overlap * min(transfer, compute))
 
@@ -250,21 +260,19 @@ def data_parallel(operators: Operators, stages: tuple[StageTime, ...]) -> tuple[
     """
     job = operators.job
     layout, framework = job.layout, job.framework
-    size, nothing = layout.dp * layout.cp, [0.0] * layout.num_stages
-    if size == 1:
+    if layout.dp * layout.cp == 1:
+        nothing = [0.0] * layout.num_stages
         return nothing, nothing, 0.0
-    members = max(1, min(size, operators.cluster.node.devices // layout.tp))
-    hide, flows = operators.cluster.efficiency.overlap, framework.network_flows
+    size, members, flows = _fsdp_group(operators)
+    hide = operators.cluster.efficiency.overlap
     gathers, reductions, hidden = [], [], 0.0
     for stage, time in enumerate(stages):
         parameters = stage_parameters(job, stage)
-        gradients = operators.gather(size, members, framework.gradient_bytes * parameters, flows)
-        both = 2 * gradients if job.zero_stage == 0 or framework.all_reduces_gradients else gradients
         gather = operators.gather(size, members, 2 * parameters, flows) if job.zero_stage else 0.0
         if job.gathers_every_layer:
-            gather = 0.0
-        if job.reduces_every_micro_batch:
-            both = 0.0
+            outside = parameters - layout.stage_layers[stage] * layer_parameters(job)
+            gather = operators.gather(size, members, 2 * outside, flows) if layout.pp > 1 else 0.0
+        both = _reduction(operators, framework.gradient_bytes * parameters)
         if framework.broadcasts_parameters and job.zero_stage:
             gather += layout.dp_shard * operators.latency(layout.dp_shard, members)
         backward = time.backward_input + time.backward_weight
@@ -274,6 +282,21 @@ def data_parallel(operators: Operators, stages: tuple[StageTime, ...]) -> tuple[
         reductions.append(both - hidden_reduction)
         hidden += hidden_gather + hidden_reduction
     return gathers, reductions, hidden
+
+
+def _reduction(operators: Operators, gradient_bytes: float) -> float:
+    """Seconds of the reduction that ends a step: gradients scattered over ranks that shard, summed over copies."""
+    job = operators.job
+    layout, flows = job.layout, job.framework.network_flows
+    if job.zero_stage == 0 or job.framework.all_reduces_gradients:
+        size = layout.dp * layout.cp
+        members = max(1, min(size, operators.cluster.node.devices // layout.tp))
+        return 2 * operators.gather(size, members, gradient_bytes, flows)
+    size, members, _ = _fsdp_group(operators)
+    scatter = 0.0 if job.reduces_every_micro_batch else operators.gather(size, members, gradient_bytes, flows)
+    copies, stride = layout.dp_replicate, layout.tp * size
+    near = max(1, min(copies, operators.cluster.node.devices // stride))
+    return scatter + 2 * operators.gather(copies, near, gradient_bytes / size, flows)
 
 
 def optimizer_seconds(operators: Operators) -> float:

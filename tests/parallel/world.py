@@ -1,5 +1,6 @@
 """A world of processes that tests share: starting one takes seconds, a check in it takes milliseconds."""
 
+import functools
 import gc
 import os
 import tempfile
@@ -13,6 +14,8 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+from torch.distributed.tensor._redistribute import clear_redistribute_planner_cache
+from torch.distributed.tensor.debug import _clear_sharding_prop_cache
 
 from pangu.device.cann_emulator import install
 
@@ -116,6 +119,13 @@ def _serve(rank: int, size: int, device: str, timeout: float, store: str, pipe: 
 
 
 def _destroy_groups() -> None:
+    """Also what holds them: DTensor's caches hold meshes, modules are in cycles."""
     if dist.is_initialized():
         dist.destroy_process_group()
-    gc.collect()  # meshes and modules hold groups, in cycles
+    _clear_sharding_prop_cache()
+    clear_redistribute_planner_cache()
+    gc.collect()
+    for cache in [each for each in gc.get_objects() if isinstance(each, functools._lru_cache_wrapper)]:
+        if str(cache.__module__).startswith("torch.distributed"):
+            cache.cache_clear()
+    gc.collect()

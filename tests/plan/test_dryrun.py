@@ -19,7 +19,6 @@ from pangu.plan.dryrun import Counts, DryRun, dry_run
 from pangu.plan.hardware import load_cluster
 from pangu.plan.job import job_of
 from pangu.plan.operators import Operators
-from pangu.plan.parameters import layer_parameters, stage_parameters
 from pangu.plan.time import StageTime, data_parallel, send_seconds, stage_passes
 
 SMALL = ("--parallel.devices_per_node", "64", "--metrics.tensorboard", "false")
@@ -184,6 +183,8 @@ SHARDED = {
     "zero 2": (2, "--parallel.zero_stage", "2"),
     "zero 3": (2, "--parallel.zero_stage", "3"),
     "zero 3 and tp": (4, "--parallel.zero_stage", "3", "--parallel.tp", "2"),
+    "hybrid": (4, "--parallel.dp_replicate", "2", "--parallel.dp_shard", "2"),
+    "hybrid, zero 3": (4, "--parallel.dp_replicate", "2", "--parallel.dp_shard", "2", "--parallel.zero_stage", "3"),
     "cp": (2, "--parallel.cp", "2"),
     "zero 1 and pp": (4, "--parallel.pp", "2"),
     "zero 2 and pp": (4, "--parallel.zero_stage", "2", "--parallel.pp", "2"),
@@ -193,7 +194,6 @@ SHARDED = {
 
 @pytest.mark.parametrize("name", SHARDED)
 def test_the_time_model_reckons_with_the_same_data_parallelism(name: str) -> None:
-    """Up to two differences, both of ZeRO 2 and 3, that docs/planning.md states."""
     world_size, *overrides = SHARDED[name]
     config = config_of(
         *("--train.dtype", "bf16", "--phases.0.batch_size", "8", "--train.micro_batch_size", "1", *overrides)
@@ -201,7 +201,7 @@ def test_the_time_model_reckons_with_the_same_data_parallelism(name: str) -> Non
     layout = make_layout(config, world_size)
     job = job_of(config, layout)
     operators = Sent(job, load_cluster("atlas_800t_a2"))
-    m, share = job.num_micro_batches, 1 - 1 / (layout.dp_shard * layout.cp)
+    m = job.num_micro_batches
     passes = stage_passes(operators)
     gathers, reductions, hidden = data_parallel(operators, (StageTime(0, 0, 0),) * layout.num_stages)
     assert hidden == 0
@@ -210,16 +210,12 @@ def test_the_time_model_reckons_with_the_same_data_parallelism(name: str) -> Non
             each.exposed.get("dp", 0) + each.hidden.get("dp", 0)
             for each in (passes[stage].forward, passes[stage].backward_input, passes[stage].backward_weight)
         )
-        layers = layout.stage_layers[stage] * layer_parameters(job)
-        outside = (stage_parameters(job, stage) - layers) * share
-        gathered, reduced = gathers[stage] + m * (forward + again), reductions[stage] + m * scattered
-        if job.reduces_every_micro_batch:
-            reduced += m * 4 * outside
-        if job.gathers_every_layer:  # under 1F1B a backward pass leaves a layer to the next forward pass
-            gathered += 2 * outside * (m if layout.pp == 1 else 1) - (m - 1) * again * (layout.pp > 1)
         traffic = dry_run(config, layout, stage * world_size // layout.num_stages).counts.traffic
-        assert traffic["fsdp", "all-gather"].sent == gathered
-        assert traffic["fsdp", "reduce-scatter"].sent == reduced
+        reduced = traffic["fsdp", "reduce-scatter"].sent
+        if layout.dp_replicate > 1:
+            reduced += traffic["dp_replicate", "all-reduce"].sent
+        assert traffic["fsdp", "all-gather"].sent == gathers[stage] + m * (forward + again)
+        assert reduced == reductions[stage] + m * scattered
 
 
 @pytest.mark.parametrize(
