@@ -1,7 +1,6 @@
 """Context parallelism equals one device: attention, filters and whole models, in a world of four processes."""
 
 import copy
-import functools
 import itertools
 from collections.abc import Callable, Iterator
 from importlib.util import find_spec
@@ -46,12 +45,7 @@ def boundaries(lengths: list[int]) -> Tensor:
 
 def group_of(size: int) -> dist.ProcessGroup:
     """This rank's group among the world's groups of neighbouring ranks."""
-    return _subgroup(size, dist.group.WORLD)
-
-
-@functools.cache
-def _subgroup(size: int, world: dist.ProcessGroup) -> dist.ProcessGroup:
-    group, _ = dist.new_subgroups(size, group=world)
+    group, _ = dist.new_subgroups(size)
     assert group is not None
     return group
 
