@@ -143,13 +143,13 @@ def measure(schedule: str, stages_per_rank: int, options: argparse.Namespace) ->
     stages = [SleepingStage(config, layout, stage) for stage in layout.stages_of(mesh.coordinates["pp"])]
     pipeline: Any = Pipeline(stages, mesh, config)  # type: ignore[arg-type]
     batches = make_batches(options.micro_batches)
-    pipeline.forward_backward(batches)  # connects the ranks
+    pipeline.forward_backward(batches, 1.0)  # connects the ranks
     results = []
     for _ in range(options.rounds):
         for stage in stages:
             stage.seconds, stage.passes = options.seconds, []
         dist.barrier()
-        pipeline.forward_backward(batches)
+        pipeline.forward_backward(batches, 1.0)
         results.append(bubble(stages))
     return min(results)
 

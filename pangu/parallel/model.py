@@ -150,14 +150,14 @@ class ParallelModel:
         # FSDP takes the mean over the ranks that hold shards of the same parameters, where the loss is a sum. Each
         # token's loss is scaled, since the gradient of the head's weight would be scaled in a pass of its own.
         factor = self.gradient_ranks / max(num_labels, 1)
-        batches = [self._mine(batch).scaled(factor) for batch in batches]
+        batches = [self._mine(batch) for batch in batches]
         if self.pipeline is not None:
-            loss = self.pipeline.forward_backward(batches)
+            loss = self.pipeline.forward_backward(batches, factor)
         else:
             loss = torch.zeros((), device=self.target)
             for index, batch in enumerate(batches):
                 set_last_micro_batch(self.parts[0], index == len(batches) - 1, self.config.parallel.zero_stage)
-                micro_batch_loss = self._loss(batch)
+                micro_batch_loss = self._loss(batch.scaled(factor))
                 micro_batch_loss.backward()
                 loss += micro_batch_loss.detach()
         self._finish_gradients()

@@ -144,16 +144,16 @@ class Pipeline:
         if self._schedule_name in _SPLIT_BACKWARD:
             self._deferred = {stage: _defer_weight_gradients(part) for stage, part in self.parts.items()}
 
-    def forward_backward(self, batches: Sequence[Batch]) -> Tensor:
-        """Accumulate the gradients of the loss summed over `batches`, one micro-batch each.
+    def forward_backward(self, batches: Sequence[Batch], scale: float) -> Tensor:
+        """Accumulate the gradients of `scale` times the loss summed over `batches`, one micro-batch each.
 
         Batches have the same number of tokens; from call to call that number and how many there are may change. Returns
-        the loss, fp32 `[]`, on every rank of the pipeline. FSDP reduces gradients once, at the end.
+        the scaled loss, fp32 `[]`, on every rank of the pipeline. FSDP reduces gradients once, at the end.
         """
         self._refresh_tied_copy()
         schedule, stages = self._plan(len(batches), self._rows(batches[0].tokens))
         for stage in stages:
-            stage.batches = batches
+            stage.batches, stage.scale = batches, scale
         losses: list[Tensor] = []
         schedule.step(target=torch.empty(len(batches)), losses=losses, return_outputs=False)
         total = torch.zeros((), device=self.device)
@@ -279,6 +279,7 @@ class _Stage(PipelineStage):
         """stream: what travels between stages, on the meta device."""
         is_first, is_last = index == 0, index == num_stages - 1
         self.batches: Sequence[Batch] = ()
+        self.scale = 1.0
         self._part = part
         super().__init__(
             part,
@@ -298,7 +299,7 @@ class _Stage(PipelineStage):
         return super().forward_one_chunk(fwd_chunk_id, (self._batch.tokens,), None, save_forward_output)
 
     def forward_maybe_with_nosync(self, x: Tensor) -> Tensor:
-        return _run(self._part, x, self._batch)
+        return _run(self._part, x, self._batch.scaled(self.scale) if self.is_last else self._batch)
 
     def get_fwd_recv_ops(self, fwd_chunk_id: int) -> list[dist.P2POp]:
         self._allocate(self.args_recv_info[fwd_chunk_id])

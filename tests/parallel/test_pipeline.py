@@ -133,9 +133,8 @@ def one_device(model: Transformer, batches: Sequence[Batch]) -> torch.Tensor:
 
 def check_step(pipeline: Pipeline, tied: TiedEmbedding, whole: Transformer, batches: Sequence[Batch]) -> None:
     """One step's loss and gradients; those of the parts accumulate on what is there, as those of the whole do."""
-    batches = [batch.scaled(1 / 700) for batch in batches]
-    expected = one_device(whole, batches)
-    loss = pipeline.forward_backward(batches)
+    expected = one_device(whole, [batch.scaled(1 / 700) for batch in batches])
+    loss = pipeline.forward_backward(batches, 1 / 700)
     tied.sum_gradients()
     tolerance = {"rtol": 1e-5, "atol": 1e-7} if whole.compute_dtype == torch.float32 else {"rtol": 0.05, "atol": 2e-4}
     torch.testing.assert_close(loss, expected, **tolerance)
@@ -235,7 +234,7 @@ def test_evaluation_and_generation(worlds: Worlds, schedule: str, tied: bool) ->
 
 def tied_copies_after_an_update(config: Config) -> list[torch.Tensor]:
     pipeline, tied = make_pipeline(config, whole_model(config))
-    pipeline.forward_backward(make_batches(8))
+    pipeline.forward_backward(make_batches(8), 1.0)
     tied.sum_gradients()
     parameters: dict[str, torch.nn.Parameter] = {}
     for part in pipeline.parts.values():
@@ -259,7 +258,7 @@ def test_tied_copies_stay_equal(worlds: Worlds, schedule: str) -> None:
 
 def receive_buffers(config: Config) -> int:
     pipeline, _ = make_pipeline(config, whole_model(config))
-    pipeline.forward_backward(make_batches(8))
+    pipeline.forward_backward(make_batches(8), 1.0)
     ((_, stages),) = pipeline._plans.values()
     received = [infos for stage in stages for infos in (stage.args_recv_info, stage.grad_recv_info)]
     buffers = [item.buffer for infos in received for micro_batch in infos.values() for item in micro_batch]
@@ -329,10 +328,10 @@ def fully_sharded(config: Config, dtype: torch.dtype) -> tuple[float, float]:
     whole = whole_model(config, dtype)
     pipeline, _ = make_pipeline(config, whole)
     tolerance = {"rtol": 1e-5, "atol": 1e-7} if dtype == torch.float32 else {"rtol": 0.05, "atol": 1e-3}
-    batches = [batch.scaled(1 / 700) for batch in make_batches(2 * 8)]
-    expected = one_device(whole, batches)
+    batches = make_batches(2 * 8)
+    expected = one_device(whole, [batch.scaled(1 / 700) for batch in batches])
     with Collectives() as watch:
-        loss = pipeline.forward_backward(batches[dist.get_rank() % 2 :: 2])
+        loss = pipeline.forward_backward(batches[dist.get_rank() % 2 :: 2], 1 / 700)
     dist.all_reduce(loss)
     torch.testing.assert_close(loss / config.parallel.pp, expected, **tolerance)
     wanted = dict(whole.named_parameters())
