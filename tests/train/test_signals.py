@@ -18,6 +18,7 @@ def test_signals_at_once_are_one() -> None:
 
 def test_a_later_one_acts_as_usual(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(signals, "REPEAT_SECONDS", -1.0)
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background jobs ignore it
 
     def interrupt_twice() -> None:
         with stop_signals() as received:
@@ -25,6 +26,9 @@ def test_a_later_one_acts_as_usual(monkeypatch: pytest.MonkeyPatch) -> None:
             assert received == [signal.SIGTERM]
             os.kill(os.getpid(), signal.SIGINT)
 
-    with pytest.raises(KeyboardInterrupt):
-        interrupt_twice()
-    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+    try:
+        with pytest.raises(KeyboardInterrupt):
+            interrupt_twice()
+        assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+    finally:
+        signal.signal(signal.SIGINT, before)
