@@ -149,8 +149,12 @@ def _transfer_parameters(operators: Operators, passes: Passes, stage: int) -> No
 def _fsdp_group(operators: Operators) -> tuple[int, int, int]:
     layout = operators.job.layout
     size = layout.dp_shard * layout.cp
-    members = max(1, min(size, operators.cluster.node.devices // layout.tp))
-    return size, members, operators.job.framework.network_flows
+    return size, _members_per_node(operators, size, layout.tp), operators.job.framework.network_flows
+
+
+def _members_per_node(operators: Operators, size: int, stride: int) -> int:
+    """How many of a group of `size` ranks, so many apart, share a node."""
+    return max(1, min(size, operators.cluster.node.devices // stride))
 
 
 def _stage_time(operators: Operators, passes: Passes, send: float) -> StageTime:
@@ -290,12 +294,11 @@ def _reduction(operators: Operators, gradient_bytes: float) -> float:
     layout, flows = job.layout, job.framework.network_flows
     if job.zero_stage == 0 or job.framework.all_reduces_gradients:
         size = layout.dp * layout.cp
-        members = max(1, min(size, operators.cluster.node.devices // layout.tp))
-        return 2 * operators.gather(size, members, gradient_bytes, flows)
+        return 2 * operators.gather(size, _members_per_node(operators, size, layout.tp), gradient_bytes, flows)
     size, members, _ = _fsdp_group(operators)
     scatter = 0.0 if job.reduces_every_micro_batch else operators.gather(size, members, gradient_bytes, flows)
-    copies, stride = layout.dp_replicate, layout.tp * size
-    near = max(1, min(copies, operators.cluster.node.devices // stride))
+    copies = layout.dp_replicate
+    near = _members_per_node(operators, copies, layout.tp * size)
     return scatter + 2 * operators.gather(copies, near, gradient_bytes / size, flows)
 
 

@@ -71,11 +71,11 @@ void multiply(Matrix a, Rows b, Rows c, int64_t rows, int64_t columns, bool accu
     }
 }
 
-// Rows end to end, and transposed with zeros up to TILE columns.
-void copy_tile(Rows from, int64_t count, int64_t size, float* rows, float* transposed) {
-  std::fill_n(transposed, size * TILE, 0.0f);
+// Rows as columns, with zeros up to TILE of them.
+void transpose(Rows from, int64_t count, int64_t size, float* to) {
+  std::fill_n(to, size * TILE, 0.0f);
   for (int64_t t = 0; t < count; ++t)
-    for (int64_t i = 0; i < size; ++i) transposed[i * TILE + t] = rows[t * size + i] = from[t][i];
+    for (int64_t i = 0; i < size; ++i) to[i * TILE + t] = from[t][i];
 }
 
 void copy_rows(Rows from, int64_t count, int64_t size, float* to) {
@@ -191,9 +191,9 @@ extern "C" void attention(float* q, float* k, float* v, const int32_t* cu_seqlen
                           int64_t causal, int64_t threads) {
   const int64_t group = heads / key_heads;
   for_documents(cu_seqlens_q, cu_seqlens_k, documents, key_heads, causal, threads, [&](Document document, int64_t kv) {
-    Memory memory(2 * document.k_length * size + 3 * TILE * size + TILE * TILE);
+    Memory memory(2 * document.k_length * size + 2 * TILE * size + TILE * TILE);
     float *keys = memory.take(document.k_length * size), *values = memory.take(document.k_length * size);
-    float *rows = memory.take(TILE * size), *columns = memory.take(TILE * size), *sums = memory.take(TILE * size);
+    float *columns = memory.take(TILE * size), *sums = memory.take(TILE * size);
     float* scores = memory.take(TILE * TILE);
     copy_rows({k + document.k_start * k_stride + kv * size, k_stride}, document.k_length, size, keys);
     copy_rows({v + document.k_start * v_stride + kv * size, v_stride}, document.k_length, size, values);
@@ -204,7 +204,7 @@ extern "C" void attention(float* q, float* k, float* v, const int32_t* cu_seqlen
         std::fill_n(maximum, TILE, -std::numeric_limits<float>::infinity());
         std::fill_n(total, TILE, 0.0f);
         std::fill_n(sums, TILE * size, 0.0f);
-        copy_tile({q + token * q_stride + head * size, q_stride}, count, size, rows, columns);
+        transpose({q + token * q_stride + head * size, q_stride}, count, size, columns);
         document.for_keys(query, count, [&](int64_t key, int64_t length, int64_t hidden) {
           multiply({keys + key * size, size, 1}, {columns, TILE}, {scores, TILE}, length, width, false,
                    [=](int64_t k) { return Part{first_visible(hidden, k, count), 0, size}; });
@@ -246,8 +246,10 @@ extern "C" void attention_backward(float* d_out, float* q, float* k, float* v, c
       document.for_queries([&](int64_t query, int64_t count) {
         const int64_t first = (document.q_start + query) * heads + head, width = round_up(count);
         float maximum[TILE], projection[TILE];
-        copy_tile({q + (document.q_start + query) * q_stride + head * size, q_stride}, count, size, q_rows, q_columns);
-        copy_tile({d_out + first * size, heads * size}, count, size, d_out_rows, d_out_columns);
+        copy_rows({q + (document.q_start + query) * q_stride + head * size, q_stride}, count, size, q_rows);
+        copy_rows({d_out + first * size, heads * size}, count, size, d_out_rows);
+        transpose({q_rows, size}, count, size, q_columns);
+        transpose({d_out_rows, size}, count, size, d_out_columns);
         for (int64_t t = 0; t < count; ++t) {
           maximum[t] = logsumexp[first + t * heads];
           projection[t] = pangu::dot(d_out_rows + t * size, out + (first + t * heads) * size, size);
