@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor
 
+from pangu_kernels import large_memory
 from pangu_kernels.precision import accumulation_dtype, widen
 
 ChunkLoss = Callable[[Tensor, Tensor, Tensor, bool], Tensor]
@@ -56,9 +57,9 @@ def forward(
     weight_as_x = weight.to(x.dtype)
     token_loss = x.new_empty(len(x), dtype=dtype)
     d_x = x.new_empty(x.shape if x_needs_grad else 0)
-    d_weight = x.new_empty(weight.shape if weight_needs_grad else 0, dtype=dtype)
+    d_weight = large_memory.empty(x, weight.shape if weight_needs_grad else (0,), dtype)
     rows = _rows_per_chunk(len(x), len(weight), chunk_size)
-    buffer = x.new_empty((rows, len(weight)))
+    buffer = large_memory.empty(x, (rows, len(weight)), x.dtype)
     for start in range(0, len(x), rows):
         chunk = slice(start, min(start + rows, len(x)))
         logits = widen(torch.mm(x[chunk], weight_as_x.T, out=buffer[: chunk.stop - start]))
