@@ -236,7 +236,8 @@ def _check_data(config: Config, layout: Layout, first_step: int) -> None:
         where = f"{phase}.sequence_length {length} x train.micro_batch_size {micro_batch} ="
         _check_divisible(where, length * micro_batch, "parallel.cp x tp", shards)
         name, unit = f"{phase}.batch_size", micro_batch * layout.dp
-        _check_divisible(name, stretch.batch_size, "train.micro_batch_size x data-parallel ranks", unit)
+        factors = f"train.micro_batch_size {micro_batch} x {layout.dp} data-parallel ranks ="
+        _check_divisible(name, stretch.batch_size, factors, unit)
         _check_micro_batches(config, layout, name, stretch.batch_size)
 
 

@@ -103,29 +103,38 @@ def _serve(rank: int, size: int, device: str, timeout: float, store: str, pipe: 
         install(asynchronous=True)
         torch.get_device_module("npu").set_device(rank)
         backend = "cpu:gloo,npu:hccl"
+    caches: list[Any] = []
     while (task := pipe.recv()) is not None:
         generation, function, args = task
-        _destroy_groups()
+        if not caches:
+            caches = _caches()
+            gc.freeze()  # what has been imported by now is looked through no more
+        _destroy_groups(caches)
         prefixed = dist.PrefixStore(str(generation), dist.FileStore(store, size))
         dist.init_process_group(backend, store=prefixed, rank=rank, world_size=size, timeout=timedelta(seconds=timeout))
         torch.manual_seed(0)
         try:
             pipe.send((True, function(*args)))
         except BaseException:
-            _destroy_groups()
+            _destroy_groups(caches)
             pipe.send((False, traceback.format_exc()))
-    _destroy_groups()
+    _destroy_groups(caches)
     os._exit(0)  # taking the interpreter and torch down takes seconds
 
 
-def _destroy_groups() -> None:
+def _caches() -> list[Any]:
+    """Of functions of torch.distributed, which keep process groups alive."""
+    caches = [each for each in gc.get_objects() if isinstance(each, functools._lru_cache_wrapper)]
+    return [cache for cache in caches if str(cache.__module__).startswith("torch.distributed")]
+
+
+def _destroy_groups(caches: list[Any]) -> None:
     """Also what holds them: DTensor's caches hold meshes, modules are in cycles."""
     if dist.is_initialized():
         dist.destroy_process_group()
     _clear_sharding_prop_cache()
     clear_redistribute_planner_cache()
     gc.collect()
-    for cache in [each for each in gc.get_objects() if isinstance(each, functools._lru_cache_wrapper)]:
-        if str(cache.__module__).startswith("torch.distributed"):
-            cache.cache_clear()
+    for cache in (*caches, *_caches()):
+        cache.cache_clear()
     gc.collect()

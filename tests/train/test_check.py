@@ -28,7 +28,10 @@ IMPOSSIBLE = {
         ["--parallel.pp", "2", "--parallel.pipeline_schedule", "zero_bubble_v"],
         "'zero_bubble_v' needs parallel.pipeline_stages_per_rank 2, got 1",
     ),
-    "batch": (["--parallel.dp_shard", "4"], r"phases.0.batch_size 4 is not divisible by .* 8 \(remainder 4\)"),
+    "batch": (
+        ["--parallel.dp_shard", "4"],
+        r"batch_size 4 is not divisible by train.micro_batch_size 2 x 4 data-parallel ranks = 8 \(remainder 4\)",
+    ),
     "sequence": (
         ["--parallel.cp", "3", "--parallel.dp_shard", "1"],
         r"phases.0.sequence_length 128 x train.micro_batch_size 2 = 256 is not divisible by parallel.cp x tp 3",
