@@ -17,7 +17,7 @@ from pangu_kernels.compiled import function
 from pangu.data.batch import IGNORED_LABEL, Batch
 from pangu.data.stream import StreamWindows
 
-_BATCHES_PER_CALL = 4
+_BATCHES_PER_CALL = 8
 """That share one allocation: of a micro-batch of one sequence, making the tensors takes longer than filling them."""
 
 
