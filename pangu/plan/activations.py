@@ -67,12 +67,21 @@ def _unfused(job: Job, mode: Recompute) -> float:
     return job.local_tokens * (h * (outside / job.sequence_shards + inside / t) + scores)
 
 
+def deferred_bytes(job: Job) -> float:
+    """Kept by one layer when only the gradients of its weights are to come: the inputs of its linear layers and the
+    gradients of their outputs, those of the residual stream's width gathered over tensor-parallel ranks."""
+    model, t = job.model, job.layout.tp
+    inner = (3 if model.gated else 2) * model.intermediate_size / t
+    values = 4 * model.hidden_size + 2 * model.query_size / t + 2 * job.local_kv_heads * model.head_dim + inner
+    return job.element_bytes * job.local_tokens * values
+
+
 def layer_workspace(job: Job, mode: Recompute) -> float:
     """Temporary bytes in a layer's backward pass: gradients of its widest part, gathered tokens, what is recomputed."""
     model, t, size = job.model, job.layout.tp, job.element_bytes
     values = (2 if model.gated else 1) * model.intermediate_size / t + model.hidden_size / job.sequence_shards
     if t > 1 and job.sequence_parallel:
-        values += model.hidden_size
+        values += 2 * model.hidden_size  # the input, and its gradient before it is summed and scattered
     again = layer_bytes(job, "none") - layer_bytes(job, mode)
     return size * job.local_tokens * values + (again if mode != "none" else 0.0)
 

@@ -1,11 +1,15 @@
 """Memory of every pipeline rank in bytes, in closed form."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
-from pangu.plan.activations import embedding_bytes, head_bytes, layer_bytes, layer_workspace
+import numpy as np
+
+from pangu.plan.activations import deferred_bytes, embedding_bytes, head_bytes, layer_bytes, layer_workspace
 from pangu.plan.hardware import GIB, Cluster
 from pangu.plan.job import Job
-from pangu.plan.parameters import layer_parameters, rank_parameters, table_parameters
+from pangu.plan.parameters import layer_parameters, rank_parameters, stage_parameters, table_parameters
+from pangu.plan.simulate import one_forward_one_backward
 from pangu.plan.time import pipeline_order
 
 COMMUNICATOR_BYTES = 200 * 2**20
@@ -75,24 +79,7 @@ def fits(job: Job, cluster: Cluster) -> bool:
 def _rank_memory(job: Job, rank: int, sizes: list[float]) -> RankMemory:
     framework = job.framework
     state = _state(job, rank)
-    activations = _in_flight(job, rank, sizes)
-    stages = job.layout.stages_of(rank)
-    modes = [job.recompute_of(stage) for stage in stages]
-    workspace = state.in_layer + max(layer_workspace(job, mode if count else "none") for mode, count in modes)
-    logits = 0.0
-    if job.layout.num_stages - 1 in stages:
-        logits, beside = head_bytes(job)
-        beside += state.in_head
-        if beside >= workspace:
-            logits, workspace = logits + beside, 0.0
-    if 0 in stages:  # the layers' activations of a micro-batch are gone when the embedding's gradient is computed
-        table = framework.embedding_gradient_bytes * table_parameters(job)
-        workspace = max(workspace, table + state.in_layer - sizes[0] - logits)
-    if framework.weight_gradient_copies:
-        workspace += 2 * layer_parameters(job)
-    gradients = state.gradients
-    if framework.frees_gradients and job.num_micro_batches == 1:
-        gradients = max(0.0, gradients - activations - logits - workspace)  # they come as activations go
+    activations, gradients, logits, workspace = _fullest(job, rank, sizes, state)
     allocated = state.weights + gradients + state.optimizer + activations + logits + workspace
     return RankMemory(
         weights=state.weights,
@@ -116,6 +103,8 @@ class _State:
     gradients: float
     optimizer: float
     between_steps: float
+    reduced: float = 0.0
+    """Of `gradients`, what the last micro-batch leaves."""
     in_layer: float = 0.0
     """Gathered weights, gradients and buffers of the layer whose backward pass runs."""
     in_head: float = 0.0
@@ -131,11 +120,11 @@ def _state(job: Job, rank: int) -> _State:
         weights = framework.weight_bytes * n / (shards if job.zero_stage == 3 else 1)
         gradients = framework.accumulated_bytes * n / (shards if job.zero_stage >= 2 else 1)
         optimizer = framework.optimizer_bytes * n / (shards if job.zero_stage else 1)
-        return _State(weights, gradients, optimizer, weights + gradients + optimizer)
+        return _State(weights, gradients, optimizer, weights + gradients + optimizer, gradients)
     kept = 12 * n / shards + (0.0 if framework.frees_gradients else 4 * n / shards)
     if shards * layout.dp_replicate == 1:
         cast = 0.0 if job.precision == "fp32" else job.element_bytes * table_parameters(job)
-        return _State(4 * n, 4 * n, 8 * n, kept, in_head=cast)
+        return _State(4 * n, 4 * n, 8 * n, kept, 4 * n, in_head=cast)
     return _sharded_state(job, rank, kept)
 
 
@@ -158,7 +147,7 @@ def _sharded_state(job: Job, rank: int, between_steps: float) -> _State:
         in_head += element * layer / pieces
     weights = 4 * n / shards + element * (n if keeps_weights else outside)
     pools = element * outside if job.framework.pools_per_stream else 0.0
-    return _State(weights, gradients, 8 * n / shards, between_steps, in_layer, in_head, pools)
+    return _State(weights, gradients, 8 * n / shards, between_steps, 4 * n / shards, in_layer, in_head, pools)
 
 
 def _stage_bytes(job: Job) -> list[float]:
@@ -174,11 +163,52 @@ def _stage_bytes(job: Job) -> list[float]:
     return sizes
 
 
-def _in_flight(job: Job, rank: int, sizes: list[float]) -> float:
-    """Most that a rank keeps of all micro-batches at one moment."""
-    if job.layout.pp == 1:
-        return sizes[0]
-    return pipeline_order(job, min(job.num_micro_batches, 4 * job.layout.pp)).peak(rank, sizes)
+def _fullest(job: Job, rank: int, sizes: list[float], state: _State) -> tuple[float, float, float, float]:
+    """Activations, gradients, logits and workspace at the moment when a rank holds most of them together.
+
+    Gradients come as activations go: with few micro-batches there is no moment with all of both.
+    """
+    framework, layout, pp = job.framework, job.layout, job.layout.pp
+    stages = layout.stages_of(rank)
+    shortened = min(job.num_micro_batches, max(4 * pp, 2))
+    order = pipeline_order(job, shortened) if pp > 1 else one_forward_one_backward(1, shortened)
+    held, at_head = order.moments[rank]
+    waiting = [layout.stage_layers[stage] * deferred_bytes(job) for stage in stages]
+    if not framework.frees_gradients:
+        waiting = [sizes[stage] for stage in stages]
+    activations = held[:, :, 0] @ [sizes[stage] for stage in stages] + held[:, :, 1] @ waiting
+    gradients = np.full(len(held), state.gradients)
+    if framework.frees_gradients:
+        shares = np.array([stage_parameters(job, stage) for stage in stages]) / rank_parameters(job, rank)
+        gradients = held[:, :, 2] @ (shares * state.gradients) + held[:, :, 3] @ (shares * state.reduced)
+        if layout.num_stages - 1 in stages:  # the head's gradient is not left for later
+            before_others = (held[:, -1, 1] > 0) & ~held[:, -1, 2:].any(1)
+            gradients = gradients + before_others * 4 * table_parameters(job)
+    kept, head, layer = _beside(job, stages, sizes, state)
+    heads = held[:, -1, 0] * kept if layout.num_stages - 1 in stages else np.zeros(len(held))
+    layers_logits = np.maximum(heads - at_head * kept, 0)  # the head's backward pass comes before the layers'
+    busy = activations > 0
+    together = activations + gradients
+    at_layer, at_the_head = together + layers_logits + layer * busy, together + heads + head
+    at_the_head[~at_head] = 0
+    fullest = int(np.argmax(np.maximum(at_layer, at_the_head)))
+    if at_the_head[fullest] > at_layer[fullest]:
+        logits, workspace = heads[fullest] + head, 0.0
+    else:
+        logits, workspace = layers_logits[fullest], layer * busy[fullest]
+    return float(activations[fullest]), float(gradients[fullest]), float(logits), float(workspace)
+
+
+def _beside(job: Job, stages: Sequence[int], sizes: list[float], state: _State) -> tuple[float, float, float]:
+    """What the head keeps of a micro-batch; what it takes while it works; what a layer at work takes."""
+    kept, head = head_bytes(job) if job.layout.num_stages - 1 in stages else (0.0, 0.0)
+    modes = [job.recompute_of(stage) for stage in stages]
+    layer = state.in_layer + max(layer_workspace(job, mode if count else "none") for mode, count in modes)
+    if 0 in stages:  # the layers' activations of a micro-batch are gone when the embedding's gradient is computed
+        table = job.framework.embedding_gradient_bytes * table_parameters(job)
+        layer = max(layer, table + state.in_layer - sizes[0] - kept)
+    copies = 2 * layer_parameters(job) if job.framework.weight_gradient_copies else 0.0
+    return kept, head + state.in_head + copies, layer + copies
 
 
 def _communicators(job: Job) -> int:

@@ -6,12 +6,15 @@ rank is free and its input has arrived, as under the library's asynchronous send
 the durations given; whole numbers and fractions stay exact.
 """
 
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property, lru_cache
 from types import SimpleNamespace
 from typing import Any, NamedTuple
+
+import numpy as np
+import numpy.typing as npt
 
 from pangu.errors import ConfigError
 from pangu.parallel.layout import V_SHAPED
@@ -34,6 +37,16 @@ class Action(NamedTuple):
     kind: int
     stage: int
     micro_batch: int
+
+
+class Moments(NamedTuple):
+    """What a rank holds after each of its passes, the same twice left out."""
+
+    held: npt.NDArray[np.int64]
+    """`[moments, stages of the rank, 4]`: micro-batches whose activations wait for backward; those of which only the
+    weights' gradients are to come; 1 while gradients are summed up, from the first that comes to the last; 1 after."""
+    at_head: npt.NDArray[np.bool_]
+    """`[moments]`: whether the pass was forward through the last stage."""
 
 
 class _Step(NamedTuple):
@@ -101,19 +114,19 @@ class Order:
         return tuple(steps)
 
     @cached_property
-    def in_flight(self) -> tuple[tuple[tuple[int, ...], ...], ...]:
-        """Per rank, the largest numbers of micro-batches whose activations its stages hold at one moment.
-
-        One number per stage of `stages_of(rank)`; a moment is left out when another holds at least as many on every
-        stage. A stage holds a micro-batch from its forward pass to the end of its (weight) gradient. The counts do not
-        depend on durations: they follow from the rank's order alone.
-        """
-        return tuple(_largest(_counts(actions, self.stages_of(rank))) for rank, actions in enumerate(self.ranks))
+    def moments(self) -> tuple[Moments, ...]:
+        """Per rank. They do not depend on durations: they follow from the rank's order alone."""
+        return tuple(
+            _moments(actions, self.stages_of(rank), self.num_stages - 1) for rank, actions in enumerate(self.ranks)
+        )
 
     def peak(self, rank: int, stage_sizes: Sequence[float]) -> float:
-        """Most that a rank holds at one moment when a micro-batch in flight on stage s takes `stage_sizes[s]`."""
-        sizes = [stage_sizes[stage] for stage in self.stages_of(rank)]
-        return max(sum(n * size for n, size in zip(held, sizes, strict=True)) for held in self.in_flight[rank])
+        """Most that a rank holds at one moment when a micro-batch in flight on stage s takes `stage_sizes[s]`.
+
+        It is in flight from its forward pass to the end of its (weight) gradient.
+        """
+        sizes = np.array([stage_sizes[stage] for stage in self.stages_of(rank)])
+        return float((self.moments[rank].held[:, :, :2].sum(2) @ sizes).max())
 
     def _sources(self, action: Action) -> list[Action]:
         """What must have ended before: any one of these, on another stage or on this one."""
@@ -202,25 +215,27 @@ def _library_order(name: str, pp: int, stages_per_rank: int, micro_batches: int)
     return [flat(table[rank]) for rank in range(pp)]
 
 
-def _counts(actions: Sequence[Action], stages: Sequence[int]) -> set[tuple[int, ...]]:
-    held = dict.fromkeys(stages, 0)
-    seen = set()
+def _moments(actions: Sequence[Action], stages: Sequence[int], last_stage: int) -> Moments:
+    place = {stage: index for index, stage in enumerate(stages)}
+    to_come = Counter(stage for kind, stage, _ in actions if kind in (BACKWARD, BACKWARD_WEIGHT))
+    splits = any(kind == BACKWARD_INPUT for kind, *_ in actions)
+    held = [[0, 0, 0, 0] for _ in stages]
+    seen: dict[tuple[tuple[tuple[int, ...], ...], bool], None] = {}
     for kind, stage, _ in actions:
+        counts = held[place[stage]]
         if kind == FORWARD:
-            held[stage] += 1
-            seen.add(tuple(held.values()))
-        elif kind in (BACKWARD, BACKWARD_WEIGHT):
-            held[stage] -= 1
-    return seen
-
-
-def _largest(vectors: set[tuple[int, ...]]) -> tuple[tuple[int, ...], ...]:
-    """The vectors that no other exceeds or equals everywhere."""
-    kept: list[tuple[int, ...]] = []
-    for vector in sorted(vectors, key=sum, reverse=True):
-        if not any(all(a >= b for a, b in zip(other, vector, strict=True)) for other in kept):
-            kept.append(vector)
-    return tuple(kept)
+            counts[0] += 1
+        elif kind == BACKWARD_INPUT:
+            counts[0], counts[1] = counts[0] - 1, counts[1] + 1
+        else:
+            if kind == BACKWARD and splits:  # one half after the other
+                counts[0], counts[1] = counts[0] - 1, counts[1] + 1
+                seen[tuple(map(tuple, held)), False] = None
+            counts[kind == BACKWARD_WEIGHT or splits] -= 1
+            to_come[stage] -= 1
+            counts[2:] = (1, 0) if to_come[stage] else (0, 1)
+        seen[tuple(map(tuple, held)), kind == FORWARD and stage == last_stage] = None
+    return Moments(np.array([counts for counts, _ in seen]), np.array([at_head for _, at_head in seen]))
 
 
 @dataclass(frozen=True)

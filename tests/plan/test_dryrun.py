@@ -18,6 +18,7 @@ from pangu.plan.counting import ATTENTION_BACKWARD
 from pangu.plan.dryrun import Counts, DryRun, dry_run
 from pangu.plan.hardware import load_cluster
 from pangu.plan.job import job_of
+from pangu.plan.memory import memory
 from pangu.plan.operators import Operators
 from pangu.plan.time import StageTime, data_parallel, send_seconds, stage_passes
 
@@ -237,6 +238,43 @@ def test_fewer_micro_batches_tell_everything(overrides: tuple[str, ...]) -> None
     assert part.counts == whole.counts
     targets = 4 * (whole.micro_batches - part.executed) if world_size > 1 else 0  # torch wants one number for each
     assert part.peak.total == whole.peak.total - targets
+
+
+LARGER = (
+    *("--model.vocab_size", "32000", "--model.hidden_size", "2048", "--model.intermediate_size", "5632"),
+    *("--model.num_layers", "8", "--model.num_attention_heads", "16", "--model.num_key_value_heads", "8"),
+    *("--phases.0.sequence_length", "4096", "--train.micro_batch_size", "1", "--train.dtype", "bf16"),
+)
+PIPELINE = ("--parallel.pp", "2", "--parallel.tp", "4", "--parallel.dp_shard", "2")
+TWO_STAGES = (*PIPELINE, "--parallel.pipeline_stages_per_rank", "2", "--parallel.pipeline_schedule")
+MEMORY = {
+    "one device": (1, 2),
+    "one micro-batch": (1, 1),
+    "zero 1": (8, 4, "--parallel.tp", "4"),
+    "zero 3": (4, 4, "--parallel.tp", "2", "--parallel.zero_stage", "3"),
+    "cp": (4, 4, "--parallel.cp", "2", "--parallel.tp", "2"),
+    "1f1b, as few micro-batches as ranks": (16, 4, *PIPELINE),
+    "1f1b": (16, 8, *PIPELINE),
+    "interleaved, few micro-batches": (16, 4, *TWO_STAGES, "interleaved_1f1b"),
+    "interleaved": (16, 8, *TWO_STAGES, "interleaved_1f1b"),
+    "interleaved zero bubble, few micro-batches": (16, 4, *TWO_STAGES, "interleaved_zero_bubble"),
+    "interleaved zero bubble": (16, 8, *TWO_STAGES, "interleaved_zero_bubble"),
+    "zero bubble v": (16, 8, *TWO_STAGES, "zero_bubble_v"),
+    "dualpipe v": (16, 8, *TWO_STAGES, "dualpipe_v"),
+}
+
+
+@pytest.mark.parametrize("name", MEMORY)
+def test_the_memory_model_has_every_ranks_peak(name: str) -> None:
+    world_size, batch_size, *overrides = MEMORY[name]
+    config = config_of(*LARGER, "--phases.0.batch_size", str(batch_size), *overrides)
+    layout = make_layout(config, world_size)
+    planned = memory(job_of(config, layout), load_cluster("atlas_800t_a2"))
+    ranks = range(0, world_size, world_size // layout.pp)
+    errors = [
+        rank.allocated / dry_run(config, layout, at).peak.total - 1 for rank, at in zip(planned, ranks, strict=True)
+    ]
+    assert max(map(abs, errors)) < 0.03, errors
 
 
 def test_the_peak_is_told_by_kind_module_and_moment() -> None:
