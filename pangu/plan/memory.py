@@ -4,6 +4,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
+import numpy.typing as npt
 
 from pangu.plan.activations import deferred_bytes, embedding_bytes, head_bytes, layer_bytes, layer_workspace
 from pangu.plan.hardware import GIB, Cluster
@@ -168,22 +169,16 @@ def _fullest(job: Job, rank: int, sizes: list[float], state: _State) -> tuple[fl
 
     Gradients come as activations go: with few micro-batches there is no moment with all of both.
     """
-    framework, layout, pp = job.framework, job.layout, job.layout.pp
+    layout, pp = job.layout, job.layout.pp
     stages = layout.stages_of(rank)
     shortened = min(job.num_micro_batches, max(4 * pp, 2))
     order = pipeline_order(job, shortened) if pp > 1 else one_forward_one_backward(1, shortened)
     held, at_head = order.moments[rank]
     waiting = [layout.stage_layers[stage] * deferred_bytes(job) for stage in stages]
-    if not framework.frees_gradients:
+    if not job.framework.frees_gradients:
         waiting = [sizes[stage] for stage in stages]
     activations = held[:, :, 0] @ [sizes[stage] for stage in stages] + held[:, :, 1] @ waiting
-    gradients = np.full(len(held), state.gradients)
-    if framework.frees_gradients:
-        shares = np.array([stage_parameters(job, stage) for stage in stages]) / rank_parameters(job, rank)
-        gradients = held[:, :, 2] @ (shares * state.gradients) + held[:, :, 3] @ (shares * state.reduced)
-        if layout.num_stages - 1 in stages:  # the head's gradient is not left for later
-            before_others = (held[:, -1, 1] > 0) & ~held[:, -1, 2:].any(1)
-            gradients = gradients + before_others * 4 * table_parameters(job)
+    gradients = _gradients(job, rank, state, held)
     kept, head, layer = _beside(job, stages, sizes, state)
     heads = held[:, -1, 0] * kept if layout.num_stages - 1 in stages else np.zeros(len(held))
     layers_logits = np.maximum(heads - at_head * kept, 0)  # the head's backward pass comes before the layers'
@@ -197,6 +192,19 @@ def _fullest(job: Job, rank: int, sizes: list[float], state: _State) -> tuple[fl
     else:
         logits, workspace = layers_logits[fullest], layer * busy[fullest]
     return float(activations[fullest]), float(gradients[fullest]), float(logits), float(workspace)
+
+
+def _gradients(job: Job, rank: int, state: _State, held: npt.NDArray[np.int64]) -> npt.NDArray[np.float64]:
+    """At every moment."""
+    if not job.framework.frees_gradients:
+        return np.full(len(held), state.gradients)
+    stages = job.layout.stages_of(rank)
+    shares = np.array([stage_parameters(job, stage) for stage in stages]) / rank_parameters(job, rank)
+    gradients = held[:, :, 2] @ (shares * state.gradients) + held[:, :, 3] @ (shares * state.reduced)
+    if job.layout.num_stages - 1 in stages:  # the head's gradient is not left for later
+        before_others = (held[:, -1, 1] > 0) & ~held[:, -1, 2:].any(1)
+        gradients += before_others * 4 * table_parameters(job)
+    return np.asarray(gradients)
 
 
 def _beside(job: Job, stages: Sequence[int], sizes: list[float], state: _State) -> tuple[float, float, float]:
