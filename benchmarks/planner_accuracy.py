@@ -350,10 +350,12 @@ def memory_report(
             fits = max(rank.total for rank in ranks) <= read.cluster.chip.memory_bytes
             if fits != bool(ran):
                 wrong.append(str(row["id"]))
-    pooled = [error for each in errors.values() for error in each]
+    groups = sorted(errors.items())
+    if groups:
+        groups.append(("all figures", [error for _, each in groups for error in each]))
     table = {
         name: {"figures": len(each), "mape": float(np.abs(each).mean()), "bias": float(np.mean(each))}
-        for name, each in (*sorted(errors.items()), *([("all figures", pooled)] if pooled else ()))
+        for name, each in groups
     }
     return table, {"verdicts": verdicts, "wrong": wrong}
 

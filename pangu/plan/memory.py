@@ -10,7 +10,7 @@ from pangu.plan.activations import deferred_bytes, embedding_bytes, head_bytes, 
 from pangu.plan.hardware import GIB, Cluster
 from pangu.plan.job import Job
 from pangu.plan.parameters import layer_parameters, rank_parameters, stage_parameters, table_parameters
-from pangu.plan.simulate import one_forward_one_backward
+from pangu.plan.simulate import Moments, one_forward_one_backward
 from pangu.plan.time import pipeline_order
 
 COMMUNICATOR_BYTES = 200 * 2**20
@@ -68,8 +68,10 @@ class RankMemory:
 
 def memory(job: Job, cluster: Cluster) -> tuple[RankMemory, ...]:
     """Peak memory of one device of every pipeline rank."""
-    sizes = _stage_bytes(job)
-    return tuple(_rank_memory(job, rank, sizes) for rank in range(job.layout.pp))
+    sizes, pp = _stage_bytes(job), job.layout.pp
+    shortened = min(job.num_micro_batches, 4 * pp)
+    order = pipeline_order(job, shortened) if pp > 1 else one_forward_one_backward(1, shortened)
+    return tuple(_rank_memory(job, rank, sizes, order.moments[rank]) for rank in range(pp))
 
 
 def fits(job: Job, cluster: Cluster) -> bool:
@@ -77,10 +79,10 @@ def fits(job: Job, cluster: Cluster) -> bool:
     return max(rank.total for rank in memory(job, cluster)) <= cluster.chip.memory_bytes
 
 
-def _rank_memory(job: Job, rank: int, sizes: list[float]) -> RankMemory:
+def _rank_memory(job: Job, rank: int, sizes: list[float], moments: Moments) -> RankMemory:
     framework = job.framework
     state = _state(job, rank)
-    activations, gradients, logits, workspace = _fullest(job, rank, sizes, state)
+    activations, gradients, logits, workspace = _fullest(job, rank, sizes, state, moments)
     allocated = state.weights + gradients + state.optimizer + activations + logits + workspace
     return RankMemory(
         weights=state.weights,
@@ -121,7 +123,7 @@ def _state(job: Job, rank: int) -> _State:
         weights = framework.weight_bytes * n / (shards if job.zero_stage == 3 else 1)
         gradients = framework.accumulated_bytes * n / (shards if job.zero_stage >= 2 else 1)
         optimizer = framework.optimizer_bytes * n / (shards if job.zero_stage else 1)
-        return _State(weights, gradients, optimizer, weights + gradients + optimizer, gradients)
+        return _State(weights, gradients, optimizer, weights + gradients + optimizer)
     kept = 12 * n / shards + (0.0 if framework.frees_gradients else 4 * n / shards)
     if shards * layout.dp_replicate == 1:
         cast = 0.0 if job.precision == "fp32" else job.element_bytes * table_parameters(job)
@@ -164,34 +166,26 @@ def _stage_bytes(job: Job) -> list[float]:
     return sizes
 
 
-def _fullest(job: Job, rank: int, sizes: list[float], state: _State) -> tuple[float, float, float, float]:
+def _fullest(job: Job, rank: int, sizes: list[float], state: _State, moments: Moments) -> tuple[float, ...]:
     """Activations, gradients, logits and workspace at the moment when a rank holds most of them together.
 
     Gradients come as activations go: with few micro-batches there is no moment with all of both.
     """
-    layout, pp = job.layout, job.layout.pp
-    stages = layout.stages_of(rank)
-    shortened = min(job.num_micro_batches, max(4 * pp, 2))
-    order = pipeline_order(job, shortened) if pp > 1 else one_forward_one_backward(1, shortened)
-    held, at_head = order.moments[rank]
-    waiting = [layout.stage_layers[stage] * deferred_bytes(job) for stage in stages]
+    held, at_head = moments
+    stages = job.layout.stages_of(rank)
+    waiting = [job.layout.stage_layers[stage] * deferred_bytes(job) for stage in stages]
     if not job.framework.frees_gradients:
         waiting = [sizes[stage] for stage in stages]
     activations = held[:, :, 0] @ [sizes[stage] for stage in stages] + held[:, :, 1] @ waiting
     gradients = _gradients(job, rank, state, held)
     kept, head, layer = _beside(job, stages, sizes, state)
-    heads = held[:, -1, 0] * kept if layout.num_stages - 1 in stages else np.zeros(len(held))
-    layers_logits = np.maximum(heads - at_head * kept, 0)  # the head's backward pass comes before the layers'
-    busy = activations > 0
-    together = activations + gradients
-    at_layer, at_the_head = together + layers_logits + layer * busy, together + heads + head
-    at_the_head[~at_head] = 0
-    fullest = int(np.argmax(np.maximum(at_layer, at_the_head)))
-    if at_the_head[fullest] > at_layer[fullest]:
-        logits, workspace = heads[fullest] + head, 0.0
-    else:
-        logits, workspace = layers_logits[fullest], layer * busy[fullest]
-    return float(activations[fullest]), float(gradients[fullest]), float(logits), float(workspace)
+    workspace = layer * (activations > 0)
+    logits = kept * (held[:, -1, 0] - at_head)  # the head's backward pass comes before the layers'
+    head_takes_more = at_head & (kept + head > workspace)
+    logits = np.where(head_takes_more, logits + kept + head, logits)
+    workspace = np.where(head_takes_more, 0.0, workspace)
+    fullest = np.argmax(activations + gradients + logits + workspace)
+    return tuple(float(each[fullest]) for each in (activations, gradients, logits, workspace))
 
 
 def _gradients(job: Job, rank: int, state: _State, held: npt.NDArray[np.int64]) -> npt.NDArray[np.float64]:

@@ -120,14 +120,6 @@ class Order:
             _moments(actions, self.stages_of(rank), self.num_stages - 1) for rank, actions in enumerate(self.ranks)
         )
 
-    def peak(self, rank: int, stage_sizes: Sequence[float]) -> float:
-        """Most that a rank holds at one moment when a micro-batch in flight on stage s takes `stage_sizes[s]`.
-
-        It is in flight from its forward pass to the end of its (weight) gradient.
-        """
-        sizes = np.array([stage_sizes[stage] for stage in self.stages_of(rank)])
-        return float((self.moments[rank].held[:, :, :2].sum(2) @ sizes).max())
-
     def _sources(self, action: Action) -> list[Action]:
         """What must have ended before: any one of these, on another stage or on this one."""
         kind, stage, micro_batch = action
@@ -225,13 +217,11 @@ def _moments(actions: Sequence[Action], stages: Sequence[int], last_stage: int) 
         counts = held[place[stage]]
         if kind == FORWARD:
             counts[0] += 1
-        elif kind == BACKWARD_INPUT:
+        if splits and kind in (BACKWARD, BACKWARD_INPUT):  # a whole backward pass is one half after the other
             counts[0], counts[1] = counts[0] - 1, counts[1] + 1
-        else:
-            if kind == BACKWARD and splits:  # one half after the other
-                counts[0], counts[1] = counts[0] - 1, counts[1] + 1
-                seen[tuple(map(tuple, held)), False] = None
-            counts[kind == BACKWARD_WEIGHT or splits] -= 1
+            seen[tuple(map(tuple, held)), False] = None
+        if kind in (BACKWARD, BACKWARD_WEIGHT):
+            counts[splits] -= 1
             to_come[stage] -= 1
             counts[2:] = (1, 0) if to_come[stage] else (0, 1)
         seen[tuple(map(tuple, held)), kind == FORWARD and stage == last_stage] = None

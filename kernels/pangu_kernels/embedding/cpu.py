@@ -1,6 +1,6 @@
 """The gradient of an embedding table on the CPU, in memory that is kept from step to step.
 
-PyTorch's own takes fresh memory for it: of a table of 65 MB and 512 tokens 30 ms, where this takes 5.
+PyTorch's own takes fresh memory for it: of a table of 65 MB and 512 tokens 33 ms, where this takes 4.
 """
 
 import torch
