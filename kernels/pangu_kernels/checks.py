@@ -5,6 +5,7 @@ from itertools import pairwise
 
 import torch
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensor
 
 FLOATING = frozenset((torch.float32, torch.bfloat16, torch.float16, torch.float64))
 
@@ -69,3 +70,8 @@ def check_same_dtype(operator: str, name: str, tensor: Tensor, beside: Tensor) -
 def describe(tensor: Tensor) -> str:
     """`bfloat16 [4, 8] on cpu`."""
     return f"{str(tensor.dtype).removeprefix('torch.')} {list(tensor.shape)} on {tensor.device}"
+
+
+def readable(tensor: Tensor) -> bool:
+    """Whether looking at a tensor's values is free: an accelerator would have to stop for it, a dry run has none."""
+    return tensor.device.type == "cpu" and not isinstance(tensor, FakeTensor)

@@ -12,7 +12,8 @@ from collections.abc import Sequence
 
 import torch
 from torch import Tensor
-from torch._subclasses.fake_tensor import FakeTensor
+
+from pangu_kernels.checks import readable
 
 LARGE = 2**25
 """Bytes from which on glibc never keeps a block (its DEFAULT_MMAP_THRESHOLD_MAX)."""
@@ -25,7 +26,7 @@ def empty(like: Tensor, shape: Sequence[int], dtype: torch.dtype) -> Tensor:
     """`like.new_empty(shape, dtype=dtype)`."""
     count = math.prod(shape)
     size = count * dtype.itemsize
-    if size < LARGE or like.device.type != "cpu" or isinstance(like, FakeTensor):
+    if size < LARGE or not readable(like):
         return like.new_empty(shape, dtype=dtype)
     pages = _take(-(-size // _HUGE_PAGE) * _HUGE_PAGE)
     view = memoryview(pages)  # lives as long as the tensor

@@ -9,9 +9,9 @@ from collections.abc import Callable
 
 import torch
 from torch import Tensor
-from torch._subclasses.fake_tensor import FakeTensor
 
 from pangu_kernels import large_memory
+from pangu_kernels.checks import readable
 from pangu_kernels.precision import accumulation_dtype, widen
 
 ChunkLoss = Callable[[Tensor, Tensor, Tensor, bool], Tensor]
@@ -75,7 +75,7 @@ def forward(
 
 def backward(d_loss: Tensor, d_x: Tensor, d_weight: Tensor) -> None:
     """Scale the gradients, in place: a second tensor as large as the weight would be the peak of the whole step."""
-    if _readable(d_loss) and d_loss.item() == 1:
+    if readable(d_loss) and d_loss.item() == 1:
         return
     d_x.mul_(d_loss)
     d_weight.mul_(d_loss)
@@ -87,13 +87,8 @@ def _rows_per_chunk(num_tokens: int, vocab_size: int, chunk_size: int) -> int:
     return -(-num_tokens // num_chunks) or 1  # the last chunk is about as large as the others
 
 
-def _readable(tensor: Tensor) -> bool:
-    """Whether looking at a tensor's values is free: an accelerator would have to stop for it, a dry run has none."""
-    return tensor.device.type == "cpu" and not isinstance(tensor, FakeTensor)
-
-
 def _check_labels(labels: Tensor, vocab_size: int) -> None:
-    if _readable(labels) and len(labels):
+    if readable(labels) and len(labels):
         low, high = (bound.item() for bound in labels.aminmax())
         if high >= vocab_size or low < IGNORED or (low < 0 and bool(((labels < 0) & (labels != IGNORED)).any())):
             raise ValueError(
